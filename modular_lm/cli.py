@@ -1,0 +1,60 @@
+"""What every command shares: arguments to config, `--help`, logging, errors to exit codes.
+
+A job is a function of its config that returns an exit code; `run_job` is the only place that
+turns exceptions into messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from modular_lm.config.load import format_help, load_config
+from modular_lm.errors import EXIT_STOPPED, UserFacingError
+
+T = TypeVar("T")
+
+
+def run_job(
+    cls: type[T],
+    job: Callable[[T, dict[str, Any]], int],
+    *,
+    what: str,
+    usage: str,
+    args: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse `args` (default: sys.argv) into `cls`, call `job(config, as_given)`, and exit.
+
+    A UserFacingError is printed as one line and exits with its code.
+    """
+    args = sys.argv[1:] if args is None else args
+    setup_logging()
+    if any(a in ("-h", "--help", "help") for a in args):
+        print(format_help(cls, what, usage))
+        sys.exit(0)
+    try:
+        code = job(*load_config(cls, args))
+    except UserFacingError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = EXIT_STOPPED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        code = 1
+    sys.exit(code)
+
+
+def setup_logging(rank: int | None = None) -> None:
+    """One line per event on standard error; `rank` is shown where there are several."""
+    level = os.environ.get("MODULAR_LM_LOG", "INFO").upper()
+    who = "" if rank is None else f"[rank {rank}] "
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S", force=True
+    )

@@ -1,0 +1,34 @@
+"""Configuration: the dataclass tree, its loading from YAML and `key=value`, and its checks.
+
+Imports neither torch nor Ray, so that a typo is answered before anything heavy is loaded.
+
+- `schema`: the dataclasses; every key has a type, a default, bounds and one line of help.
+- `load`: dataclass defaults < YAML < command line; unknown keys, wrong types, `--help`.
+- `checks`: conditions that involve several keys; what may change between attempts of a run.
+- `lingua`: how the keys of a Meta Lingua YAML are read.
+"""
+
+from modular_lm.config.load import format_help, load_config, to_dict, to_yaml
+from modular_lm.config.schema import (
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimConfig,
+    PrepareConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PrepareConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "format_help",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]

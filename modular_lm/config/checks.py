@@ -1,0 +1,175 @@
+"""Conditions that involve several keys: what defaults resolve to, what cannot run, and what may
+change when a run is continued. Pure functions of the config; files are checked by their readers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from modular_lm.config.load import to_dict
+from modular_lm.config.schema import ModelConfig, TrainConfig
+from modular_lm.errors import ConfigError
+
+# What decides the function that is trained and the order of its data: fixed for the life of a run.
+FIXED = (
+    "seed",
+    "model",
+    "data.root_dir",
+    "data.sources",
+    "data.seq_len",
+    "data.seed",
+    "data.tokenizer",
+)
+# Say how a command ends or what it prints, not what it computes.
+_TRANSIENT = ("dry_run", "stop_at")
+
+
+def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
+    """A copy with every default that depends on other keys written out as a value.
+
+    `vocab_size` is the tokenizer's. Raises ConfigError where keys contradict each other.
+    """
+    data = dataclasses.replace(config.data, sources=_normalised(config.data.sources))
+    if data.seed is None:
+        data = dataclasses.replace(data, seed=config.seed)
+    model = resolve_model(config.model, config.data.seq_len, vocab_size)
+    resolved = dataclasses.replace(
+        config, data=data, model=model, dump_dir=config.dump_dir or f"runs/{config.name}"
+    )
+    _check_run(resolved)
+    return resolved
+
+
+def resolve_model(model: ModelConfig, seq_len: int, vocab_size: int) -> ModelConfig:
+    """A copy of the model's config with all numbers filled in. Raises ConfigError."""
+    if model.vocab_size not in (-1, vocab_size) and model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {vocab_size} tokens; "
+            "use -1 or at least that many"
+        )
+    heads = model.n_heads or (model.dim // model.head_dim if model.head_dim else 8)
+    if model.head_dim is None and model.dim % heads:
+        raise ConfigError(f"model.dim={model.dim}: must be divisible by model.n_heads={heads}")
+    head_dim = model.head_dim or model.dim // heads
+    kv_heads = model.n_kv_heads or heads
+    chunk = min(model.module_seq_len or seq_len, seq_len)
+    per_sample = math.ceil(seq_len / chunk) * model.module_n_summary
+    resolved = dataclasses.replace(
+        model,
+        n_heads=heads,
+        head_dim=head_dim,
+        n_kv_heads=kv_heads,
+        vocab_size=vocab_size if model.vocab_size == -1 else model.vocab_size,
+        module_agg="avg" if model.module_agg == "mean" else model.module_agg,
+        module_n_layers=model.module_n_layers or max(1, model.n_layers // 4),
+        module_agg_dim=model.module_agg_dim or max(1, model.dim // 4),
+        module_sum_scale=model.module_sum_scale or 1.0 / per_sample,
+    )
+    _check_model(resolved)
+    return resolved
+
+
+def _normalised(sources: dict[str, float]) -> dict[str, float]:
+    if not sources:
+        raise ConfigError("data.sources={}: expected at least one source")
+    for name, weight in sources.items():
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(f"data.sources.{name}={weight}: expected a weight > 0")
+    total = sum(sources.values())
+    return {name: weight / total for name, weight in sources.items()}
+
+
+def _check_model(m: ModelConfig) -> None:
+    assert m.n_heads and m.head_dim and m.n_kv_heads and m.module_agg_dim
+    if m.n_heads % m.n_kv_heads:
+        raise ConfigError(
+            f"model.n_kv_heads={m.n_kv_heads}: must divide model.n_heads={m.n_heads}"
+        )
+    if m.head_dim % 2:
+        raise ConfigError(
+            f"model.head_dim={m.head_dim}: must be even, rotary embeddings turn pairs"
+        )
+    if m.module_seq_len is not None and m.module_seq_len % m.module_n_summary:
+        raise ConfigError(
+            f"model.module_n_summary={m.module_n_summary}: must divide "
+            f"model.module_seq_len={m.module_seq_len}"
+        )
+    if m.module_agg == "stack" and m.module_agg_dim % (2 * m.n_heads):
+        raise ConfigError(
+            f"model.module_agg_dim={m.module_agg_dim}: `stack` splits it over model.n_heads="
+            f"{m.n_heads} heads of an even width: use a multiple of {2 * m.n_heads}"
+        )
+    if m.create_module_name is not None:
+        raise ConfigError(
+            f"model.create_module_name={m.create_module_name}: named modules are not available "
+            "in this version; use null"
+        )
+
+
+def _check_run(c: TrainConfig) -> None:
+    if c.stop_at is not None and c.stop_at > c.steps:
+        raise ConfigError(f"stop_at={c.stop_at}: lies behind the last step, steps={c.steps}")
+    if c.optim.warmup > c.steps:
+        raise ConfigError(
+            f"optim.warmup={c.optim.warmup}: longer than the run, steps={c.steps}"
+        )
+
+
+def warnings_of(c: TrainConfig) -> list[str]:
+    """What is allowed but probably not meant."""
+    found = []
+    m, chunk = c.model, c.model.module_seq_len
+    if m.module_agg != "drop":
+        key = f"model.module_agg={m.module_agg}"
+        if chunk is None or chunk >= c.data.seq_len:
+            found.append(
+                f"{key} cannot act: a sample of data.seq_len={c.data.seq_len} is one chunk "
+                f"(model.module_seq_len={chunk}); this is a dense model"
+            )
+        elif m.module_n_layers is not None and m.module_n_layers >= m.n_layers:
+            found.append(
+                f"{key} cannot act: model.module_n_layers={m.module_n_layers} leaves one module "
+                f"of all {m.n_layers} layers, with no place for an aggregation between modules"
+            )
+    return found
+
+
+def global_batch_size(c: TrainConfig, world_size: int) -> int:
+    """Samples per optimizer step on `world_size` data-parallel ranks."""
+    return c.data.batch_size * c.grad_acc_steps * world_size
+
+
+def fixed_values(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The keys that may not change within a run, flat, from a resolved config's dict."""
+    flat = flatten(resolved)
+    return {k: v for k, v in flat.items() if any(k == f or k.startswith(f + ".") for f in FIXED)}
+
+
+def changes(old: dict[str, Any], new: TrainConfig) -> tuple[list[str], list[str]]:
+    """Compare the resolved config of an earlier attempt with a new one.
+
+    Returns the changed keys as `key: old -> new`: first those that a run may not change, then
+    those that it may.
+    """
+    before, after = flatten(old), flatten(to_dict(new))
+    fixed_names = fixed_values(to_dict(new)).keys() | fixed_values(old).keys()
+    refused, allowed = [], []
+    for name in sorted(before.keys() | after.keys()):
+        if name in _TRANSIENT or before.get(name) == after.get(name):
+            continue
+        line = f"{name}: {before.get(name)} -> {after.get(name)}"
+        (refused if name in fixed_names else allowed).append(line)
+    return refused, allowed
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,89 @@
+"""Reading a Meta Lingua YAML: one table says what becomes of each of its keys.
+
+Keys that both projects have need no entry. Every other key of Lingua's `TrainArgs` is `IGNORED`
+with a warning (it steers machinery that does not exist here) or `REFUSED` with the reason (to
+drop it silently would train something else), unless it holds a value that means "off" anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from modular_lm.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_IGNORED: dict[str, str] = {
+    "data.load_async": "Ray Data streams in the background",
+    "data.prefetch_size": "Ray Data prefetches by itself",
+    "data.n_views": "samples overlap by the one target token",
+    "data.add_bos": "decided when the shards are prepared",
+    "data.add_eos": "decided when the shards are prepared",
+    "model.max_seqlen": "data.seq_len says it",
+    "model.seed": "the top-level seed says it",
+    "gc_collect_freq": "not needed",
+    "probe_freq": "not available yet",
+    "async_eval_gpus": "not available yet",
+    "env": "set the environment of the job instead",
+    "profiling": "not available yet",
+    "logging.acc_freq": "every line of metrics is of a whole optimizer step",
+    "logging.wandb": "runs are tracked in MLflow (logging.mlflow)",
+    "distributed.dp_shard": "all workers shard",
+    "distributed.spawn_method": "Ray starts the workers",
+    "distributed.matmul_allow_tf32": "PyTorch's default holds",
+    "distributed.compile_cache_size_limit": "PyTorch's default holds",
+    "distributed.selective_activation_checkpointing": "not available yet; costs memory only",
+    "eval.harness": "not available yet",
+    "eval.generator": "not available yet",
+    "eval.validation.max_steps": "eval.validation.max_docs limits the validation",
+    "eval.validation.use_val_from_train_src": "validation documents come with each source",
+    "optim.cosine_theta": "the cosine schedule has no exponent",
+    "optim.annealing_step": "belongs to a schedule that is not chosen",
+    "optim.decay_fraction": "belongs to a schedule that is not chosen",
+    "optim.exp_factor": "belongs to a schedule that is not chosen",
+}
+
+# key -> (values that mean "off", reason)
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "distributed.tp_size": ((1, None), "tensor parallelism is not available yet"),
+    "distributed.dp_replicate": ((1, None), "replicated data parallelism is not available yet"),
+    "distributed.float8_recipe": ((None,), "float8 is not available yet"),
+    "distributed.float8_filter": ((None, "layers\\.[0-9]+\\."), "float8 is not available yet"),
+    "distributed.detect_anomaly": ((False, None), "anomaly detection is not available"),
+    "checkpoint.path": ((None,), "checkpoints are written to dump_dir/checkpoints"),
+    "checkpoint.init_ckpt_path": ((None,), "starting from other weights is not available yet"),
+    "checkpoint.continue_training_from_init": ((False, None), "not available yet"),
+    "eval.validation.root_dir": ((None, ""), "validation documents come with each source"),
+    "eval.validation.sources": ((None, []), "validation documents come with each source"),
+    "model.sliding_window": ((None,), "sliding-window attention is not available yet"),
+    "model.n_future_head": ((1, None), "multi-token prediction is not available yet"),
+    "optim.cycle_length": ((1, 1.0, None), "the cosine schedule has one cycle"),
+}
+
+
+def translate_lingua(job: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Apply the table to the YAML of a training job; other jobs' values pass unchanged.
+
+    Raises ConfigError for a key whose meaning would be lost.
+    """
+    if job != "TrainConfig":
+        return values
+    for dotted, why in _IGNORED.items():
+        if _pop(values, dotted)[0]:
+            log.warning("config: %s is ignored: %s", dotted, why)
+    for dotted, (off, why) in _REFUSED.items():
+        found, value = _pop(values, dotted)
+        if found and value not in off:
+            raise ConfigError(f"{dotted}={value}: cannot be honoured: {why}; remove the key")
+    return values
+
+
+def _pop(values: dict[str, Any], dotted: str) -> tuple[bool, Any]:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if not isinstance(child, dict):
+            return False, None
+        values = child
+    return (True, values.pop(leaf)) if leaf in values else (False, None)

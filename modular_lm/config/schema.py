@@ -1,0 +1,230 @@
+"""The dataclass tree of every job's configuration.
+
+Keys carry Meta Lingua's names where Lingua has the thing. A field is declared with `key(default,
+help, bounds)`; `load` reads type, bounds and help from here, so this file is the only place where
+a key is described. Conditions between keys are in `checks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TokenizerName = Literal["bytes", "sp", "tiktoken"]
+Aggregation = Literal["drop", "avg", "mean", "sum", "stack"]
+Pool = Literal["mean", "last"]
+Mixer = Literal["attention"]
+Scheduler = Literal["cosine", "linear", "constant"]
+FsdpType = Literal["full_shard", "shard_grad_op"]
+Dtype = Literal["fp32", "bf16"]
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A dataclass field with a one-line description and inclusive (ge, le) or strict bounds."""
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TokenizerConfig:
+    name: TokenizerName = key("bytes", "kind of tokenizer")
+    path: str | None = key(
+        None, "sentencepiece model, tiktoken rank file, or the name of a tiktoken encoding"
+    )
+
+
+@dataclass
+class DataConfig:
+    root_dir: str | None = key(
+        None, "folder that holds one prepared folder per source; not needed for `builtin`"
+    )
+    sources: dict[str, float] = key(
+        {"builtin": 1.0}, "source name -> sampling weight (normalised to sum to 1)"
+    )
+    seq_len: int = key(2048, "tokens per training sample", ge=1)
+    batch_size: int = key(8, "samples per worker and micro-step", ge=1)
+    seed: int | None = key(None, "seed of the data order; default: the top-level `seed`", ge=0)
+    tokenizer: TokenizerConfig = key(TokenizerConfig, "the tokenizer that the shards were made with")
+
+
+@dataclass
+class ModelConfig:
+    dim: int = key(512, "width of the residual stream", ge=1)
+    n_layers: int = key(8, "number of layers", ge=1)
+    n_heads: int | None = key(None, "attention heads; default: dim / head_dim, else 8", ge=1)
+    head_dim: int | None = key(None, "width of a head; default: dim / n_heads", ge=1)
+    n_kv_heads: int | None = key(None, "key/value heads (GQA); default: n_heads", ge=1)
+    ffn_dim_multiplier: float | None = key(
+        None, "factor on the feed-forward width of 8/3 dim", gt=0
+    )
+    multiple_of: int = key(256, "the feed-forward width is rounded up to a multiple of this", ge=1)
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm", gt=0)
+    rope_theta: float = key(10000.0, "base of the rotary embedding", gt=0)
+    init_base_std: float | None = key(
+        None, "standard deviation of the initial weights; default: fan_in ** -0.5", gt=0
+    )
+    vocab_size: int = key(-1, "size of the vocabulary; -1: the tokenizer's", ge=-1)
+    weight_tying: bool = key(False, "use the embedding as output head")
+    mixer: Mixer = key("attention", "sequence mixer of the layers")
+    module_seq_len: int | None = key(
+        None, "chunk length in tokens; null or >= seq_len: one chunk, a dense model", ge=1
+    )
+    module_agg: Aggregation = key("avg", "what a chunk reads from the chunks before it")
+    module_n_layers: int | None = key(
+        None, "layers per module; default: max(1, n_layers // 4)", ge=1
+    )
+    module_n_summary: int = key(1, "summaries per chunk; must divide module_seq_len", ge=1)
+    module_pool: Pool = key("mean", "how a summary is made from the tokens of its sub-chunk")
+    module_agg_dim: int | None = key(
+        None, "width of the memory attention of `stack`; default: dim / 4", ge=1
+    )
+    module_sum_scale: float | None = key(
+        None, "factor of `sum`; default: 1 / (chunks per sample * module_n_summary)", gt=0
+    )
+    create_module_name: str | None = key(
+        None, "name of an added module column; only null in this version"
+    )
+
+
+@dataclass
+class OptimConfig:
+    lr: float = key(3e-4, "peak learning rate", ge=0)
+    weight_decay: float = key(0.1, "AdamW weight decay, on matrices only", ge=0)
+    beta1: float = key(0.9, "AdamW beta1", ge=0, lt=1)
+    beta2: float = key(0.95, "AdamW beta2", ge=0, lt=1)
+    epsilon: float = key(1e-8, "AdamW epsilon", gt=0)
+    clip: float = key(1.0, "clip the global gradient norm to this", gt=0)
+    scheduler: Scheduler = key("cosine", "learning-rate schedule after the warm-up")
+    warmup: int = key(2000, "steps of linear warm-up from 0", ge=0)
+    lr_min_ratio: float = key(0.1, "final learning rate / peak learning rate", ge=0, le=1)
+
+
+@dataclass
+class DistributedConfig:
+    fsdp_type: FsdpType = key(
+        "full_shard", "full_shard: free weights after forward; shard_grad_op: keep them"
+    )
+    model_dtype: Dtype = key("bf16", "compute type of the layers; master weights stay fp32")
+    compile: bool = key(False, "torch.compile each layer")
+
+
+@dataclass
+class SaveEvery:
+    every: int = key(0, "steps between two of these; 0: never", ge=0)
+    keep: int = key(-1, "how many of these to keep; -1: all", ge=-1)
+
+
+@dataclass
+class DumpEvery(SaveEvery):
+    every: int = key(1000, "steps between two of these; 0: only at the end", ge=0)
+    keep: int = key(3, "how many of these to keep; -1: all", ge=-1)
+
+
+@dataclass
+class CheckpointConfig:
+    dump: DumpEvery = key(DumpEvery, "checkpoints to resume from")
+    eval: SaveEvery = key(SaveEvery, "validate, and keep a checkpoint, at these steps")
+
+
+@dataclass
+class ValidationConfig:
+    max_docs: int = key(256, "validation documents per source; 0: no validation", ge=0)
+    batch_size: int | None = key(
+        None, "documents per worker and step; default: data.batch_size", ge=1
+    )
+
+
+@dataclass
+class EvalConfig:
+    validation: ValidationConfig = key(ValidationConfig, "validation loss during training")
+
+
+@dataclass
+class MlflowConfig:
+    enabled: bool = key(True, "mirror the run in MLflow")
+    tracking_uri: str | None = key(
+        None, "default: MLFLOW_TRACKING_URI, else sqlite mlflow.db beside dump_dir"
+    )
+    experiment: str = key("modular-lm", "name of the MLflow experiment")
+
+
+@dataclass
+class LoggingConfig:
+    freq: int = key(10, "steps between two lines of metrics", ge=1)
+    mlflow: MlflowConfig = key(MlflowConfig, "MLflow")
+
+
+@dataclass
+class RayConfig:
+    num_workers: int = key(1, "training workers (data-parallel ranks)", ge=1)
+    cpus_per_worker: int = key(1, "CPUs per worker", ge=1)
+    use_gpu: bool | None = key(None, "one GPU per worker; default: if the cluster has GPUs")
+    max_failures: int = key(3, "restarts of the workers after a crash", ge=0)
+
+
+@dataclass
+class TrainConfig:
+    name: str = key("debug", "name of the run")
+    dump_dir: str | None = key(None, "folder of the run; default: runs/<name>")
+    seed: int = key(42, "seed of initial weights and, unless data.seed is set, of the data", ge=0)
+    steps: int = key(1000, "optimizer steps of the whole run", ge=1)
+    stop_at: int | None = key(
+        None, "end complete at this step, the schedules still those of `steps`", ge=1
+    )
+    grad_acc_steps: int = key(1, "micro-steps per optimizer step", ge=1)
+    dry_run: bool = key(False, "print the resolved config and what it costs, then stop")
+    data: DataConfig = key(DataConfig, "what is read")
+    model: ModelConfig = key(ModelConfig, "what is computed")
+    optim: OptimConfig = key(OptimConfig, "how it is learned")
+    distributed: DistributedConfig = key(DistributedConfig, "how it is spread")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "what is saved")
+    eval: EvalConfig = key(EvalConfig, "what is measured beside the training loss")
+    logging: LoggingConfig = key(LoggingConfig, "what is reported")
+    ray: RayConfig = key(RayConfig, "where it runs")
+
+
+@dataclass
+class PrepareConfig:
+    src: str = key(
+        "builtin",
+        "a file or folder of documents, a folder of such folders (one source each), or `builtin`",
+    )
+    dst: str | None = key(None, "folder to write; one sub-folder per source; required unless builtin")
+    tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer to use")
+    seed: int = key(42, "seed of the global document shuffle", ge=0)
+    val_fraction: float = key(
+        0.01, "share of the documents held out for validation, chosen by a hash of the text",
+        ge=0, lt=1,
+    )
+    add_bos: bool = key(True, "begin each document with BOS")
+    add_eos: bool = key(True, "end each document with EOS")
+    shards: int | None = key(
+        None, "shards per source and split; default: one per 64 MiB of input", ge=1
+    )
+    overwrite: bool = key(False, "replace sources that are already prepared differently")
+
+
+@dataclass
+class GenerateConfig:
+    ckpt: str = key("", "a checkpoint folder, or a run's: then its latest")
+    prompt: str = key("", "text to continue; empty: start from BOS")
+    max_tokens: int = key(128, "tokens to generate", ge=1)
+    temperature: float = key(0.0, "0: greedy; else sample from softmax(logits / temperature)", ge=0)
+    top_k: int | None = key(None, "sample among the k most likely tokens", ge=1)
+    top_p: float | None = key(
+        None, "sample among the most likely tokens that hold this probability", gt=0, le=1
+    )
+    seed: int = key(42, "seed of the sampling", ge=0)
+    out: str | None = key(None, "write a JSON line {prompt, text, tokens} to this file")

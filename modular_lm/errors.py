@@ -1,0 +1,40 @@
+"""Errors whose message is written for the user, and the exit code each stands for.
+
+`modular_lm.cli.run_job` prints the message of these on one line and exits with `exit_code`; any
+other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3
+
+
+class UserFacingError(Exception):
+    """Base of all errors that are shown as one line, without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class RunFailedError(UserFacingError):
+    """A job started correctly and then failed (dead workers, full disk, lost server)."""
+
+
+class ConfigError(UserFacingError):
+    """A configuration that cannot run: names the key, the value, and what was expected."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class DataError(UserFacingError):
+    """Input that cannot be used: names the file (and line or row), and what was expected."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class CheckpointError(UserFacingError):
+    """A checkpoint that is missing, incomplete, damaged or of another model."""
+
+    exit_code = EXIT_BAD_INPUT
