@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from modular_lm.config.load import format_help, load_config
@@ -51,10 +52,22 @@ def run_job(
     sys.exit(code)
 
 
-def setup_logging(rank: int | None = None) -> None:
-    """One line per event on standard error; `rank` is shown where there are several."""
+def setup_logging(rank: int | None = None, file: Path | None = None) -> None:
+    """One line per event on standard error; `rank` is shown where there are several.
+
+    With `file` everything goes there, and only warnings also to standard error.
+    """
     level = os.environ.get("MODULAR_LM_LOG", "INFO").upper()
     who = "" if rank is None else f"[rank {rank}] "
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if file is not None:
+        handlers[0].setLevel(logging.WARNING)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file))
     logging.basicConfig(
-        level=level, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S", force=True
+        level=level,
+        format=f"%(asctime)s {who}%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
     )

@@ -38,3 +38,23 @@ class CheckpointError(UserFacingError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+class AgreedError(UserFacingError):
+    """A failure that all ranks know of and raise at the same place: none waits for another."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())[:500]

@@ -13,15 +13,8 @@ from modular_lm.config.schema import ModelConfig, TrainConfig
 from modular_lm.errors import ConfigError
 
 # What decides the function that is trained and the order of its data: fixed for the life of a run.
-FIXED = (
-    "seed",
-    "model",
-    "data.root_dir",
-    "data.sources",
-    "data.seq_len",
-    "data.seed",
-    "data.tokenizer",
-)
+# Folders and files may move: the fingerprint of the data, not their paths, is held (dataset.py).
+FIXED = ("seed", "model", "data.sources", "data.seq_len", "data.seed", "data.tokenizer.name")
 # Say how a command ends or what it prints, not what it computes.
 _TRANSIENT = ("dry_run", "stop_at")
 
@@ -82,11 +75,12 @@ def _normalised(sources: dict[str, float]) -> dict[str, float]:
 
 
 def _check_model(m: ModelConfig) -> None:
-    assert m.n_heads and m.head_dim and m.n_kv_heads and m.module_agg_dim
+    assert m.n_heads
+    assert m.head_dim
+    assert m.n_kv_heads
+    assert m.module_agg_dim
     if m.n_heads % m.n_kv_heads:
-        raise ConfigError(
-            f"model.n_kv_heads={m.n_kv_heads}: must divide model.n_heads={m.n_heads}"
-        )
+        raise ConfigError(f"model.n_kv_heads={m.n_kv_heads}: must divide model.n_heads={m.n_heads}")
     if m.head_dim % 2:
         raise ConfigError(
             f"model.head_dim={m.head_dim}: must be even, rotary embeddings turn pairs"
@@ -112,9 +106,7 @@ def _check_run(c: TrainConfig) -> None:
     if c.stop_at is not None and c.stop_at > c.steps:
         raise ConfigError(f"stop_at={c.stop_at}: lies behind the last step, steps={c.steps}")
     if c.optim.warmup > c.steps:
-        raise ConfigError(
-            f"optim.warmup={c.optim.warmup}: longer than the run, steps={c.steps}"
-        )
+        raise ConfigError(f"optim.warmup={c.optim.warmup}: longer than the run, steps={c.steps}")
 
 
 def warnings_of(c: TrainConfig) -> list[str]:

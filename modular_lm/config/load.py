@@ -84,7 +84,9 @@ def _split_args(args: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]
     for arg in args:
         name, equals, value = arg.partition("=")
         if not equals or not name:
-            raise ConfigError(f"argument {arg!r}: expected key=value, e.g. config=configs/debug.yaml")
+            raise ConfigError(
+                f"argument {arg!r}: expected key=value, e.g. config=configs/debug.yaml"
+            )
         if name == "config":
             path = value
         else:
@@ -100,7 +102,9 @@ def _load_yaml(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path}: not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"config={path}: expected a mapping of keys, found a {type(values).__name__}")
+        raise ConfigError(
+            f"config={path}: expected a mapping of keys, found a {type(values).__name__}"
+        )
     return values  # type: ignore[return-value]
 
 
@@ -123,7 +127,9 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         if child is None:
             child = values[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{dotted}: {'.'.join(parents[: i + 1])} is a value, not a group of keys")
+            raise ConfigError(
+                f"{dotted}: {'.'.join(parents[: i + 1])} is a value, not a group of keys"
+            )
         values = child
     values[leaf] = value
 

@@ -56,7 +56,9 @@ class DataConfig:
     seq_len: int = key(2048, "tokens per training sample", ge=1)
     batch_size: int = key(8, "samples per worker and micro-step", ge=1)
     seed: int | None = key(None, "seed of the data order; default: the top-level `seed`", ge=0)
-    tokenizer: TokenizerConfig = key(TokenizerConfig, "the tokenizer that the shards were made with")
+    tokenizer: TokenizerConfig = key(
+        TokenizerConfig, "the tokenizer that the shards were made with"
+    )
 
 
 @dataclass
@@ -201,12 +203,16 @@ class PrepareConfig:
         "builtin",
         "a file or folder of documents, a folder of such folders (one source each), or `builtin`",
     )
-    dst: str | None = key(None, "folder to write; one sub-folder per source; required unless builtin")
+    dst: str | None = key(
+        None, "folder to write; one sub-folder per source; required unless builtin"
+    )
     tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer to use")
     seed: int = key(42, "seed of the global document shuffle", ge=0)
     val_fraction: float = key(
-        0.01, "share of the documents held out for validation, chosen by a hash of the text",
-        ge=0, lt=1,
+        0.01,
+        "share of the documents held out for validation, chosen by a hash of the text",
+        ge=0,
+        lt=1,
     )
     add_bos: bool = key(True, "begin each document with BOS")
     add_eos: bool = key(True, "end each document with EOS")

@@ -1,0 +1,141 @@
+"""The training data of a run: its sources, their plan, and the rows of each step and rank.
+
+`Dataset` joins the plan (which samples) with the readers (which tokens). `LocalLoader` walks it in
+the process of the training loop; under Ray the same `Dataset.read` runs in Ray Data's tasks (see
+`ray_jobs/_ingest.py`). Both give a rank the same `StepRows` for the same step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from modular_lm.config.schema import DataConfig
+from modular_lm.data.builtin import BUILTIN, ensure_builtin
+from modular_lm.data.plan import DataPlan, Int64s, Source
+from modular_lm.data.reader import SourceReader, open_sources
+from modular_lm.errors import DataError
+from modular_lm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one rank at one optimizer step.
+
+    index: [n] global sample indices; tokens: [n, seq_len + 1], inputs and, shifted by one, targets.
+    """
+
+    step: int
+    index: Int64s
+    tokens: npt.NDArray[np.integer]
+
+
+class Dataset:
+    """Sources of token shards under a plan; picklable, so that tasks on other nodes can read it.
+
+    Raises ConfigError or DataError for sources that are missing, foreign or too small.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        assert config.seed is not None, "Dataset takes a resolved config"
+        self.seq_len = config.seq_len
+        self.weights = config.sources
+        self.folders = source_folders(config, tokenizer)
+        self._readers = [SourceReader(folder, "train") for folder in self.folders.values()]
+        self._tokenizer_hash = tokenizer.content_hash
+        sources = [
+            Source(name, weight, reader.n_windows(config.seq_len))
+            for (name, weight), reader in zip(config.sources.items(), self._readers, strict=True)
+        ]
+        self.plan = DataPlan(sources, config.seed)
+
+    @property
+    def tokens_per_epoch(self) -> dict[str, int]:
+        """Tokens that one epoch of each source trains on."""
+        return {s.name: s.n_samples * self.seq_len for s in self.plan.sources}
+
+    def read(self, index: Int64s) -> npt.NDArray[np.integer]:
+        """The samples of the global indices `index` [n] -> tokens [n, seq_len + 1]."""
+        where = self.plan.locate(index)
+        dtype = self._readers[0].manifest.dtype
+        tokens = np.empty((len(index), self.seq_len + 1), dtype)
+        for number, reader in enumerate(self._readers):
+            mine = np.flatnonzero(where.source == number)
+            if len(mine):
+                tokens[mine] = reader.windows(where.position[mine], self.seq_len)
+        return tokens
+
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the order and the content of the samples, as name -> value.
+
+        Two runs with equal fingerprints see the same tokens at the same step (given equal global
+        batch sizes).
+        """
+        parts = {
+            "data.seed": str(self.plan.seed),
+            "data.seq_len": str(self.seq_len),
+            "data.tokenizer": self._tokenizer_hash,
+        }
+        for source, reader in zip(self.plan.sources, self._readers, strict=True):
+            parts[f"data.sources.{source.name}"] = (
+                f"weight {source.weight:.6g}, shards {reader.manifest.fingerprint[:16]}"
+            )
+        return parts
+
+
+def source_folders(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Path]:
+    """The folder of each source; prepares the built-in corpus where it is asked for and missing."""
+    named = [name for name in config.sources if name != BUILTIN]
+    folders = open_sources(config.root_dir, named, tokenizer) if named else {}
+    if BUILTIN in config.sources:
+        folders[BUILTIN] = ensure_builtin(config.tokenizer)
+    return {name: folders[name] for name in config.sources}
+
+
+def rank_range(step: int, global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The global sample indices [first, last) that `rank` trains on at `step`."""
+    first = step * global_batch_size
+    return (
+        first + global_batch_size * rank // world_size,
+        first + global_batch_size * (rank + 1) // world_size,
+    )
+
+
+class LocalLoader:
+    """Reads the rows of one rank in the process that asks for them, from `start` to `stop`."""
+
+    def __init__(
+        self, dataset: Dataset, global_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self._dataset = dataset
+        self._batch = (global_batch_size, rank, world_size)
+
+    def steps(self, start: int, stop: int) -> Iterator[StepRows]:
+        """The rows of the steps start..stop-1, in order."""
+        for step in range(start, stop):
+            index = np.arange(*rank_range(step, *self._batch), dtype=np.int64)
+            yield StepRows(step, index, self._dataset.read(index))
+
+
+def digest(fingerprint: dict[str, str]) -> str:
+    """A fingerprint as one short text."""
+    text = json.dumps(fingerprint, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_fingerprint(stored: dict[str, str], current: dict[str, str]) -> None:
+    """Raise DataError, naming every difference, unless the data are those the run began with."""
+    names = sorted(stored.keys() | current.keys())
+    changed = [n for n in names if stored.get(n) != current.get(n)]
+    if changed:
+        listed = "; ".join(f"{n}: {stored.get(n)} -> {current.get(n)}" for n in changed)
+        raise DataError(
+            f"the data of this run have changed since it began: {listed}; restore them, or use "
+            "another dump_dir for a new run"
+        )

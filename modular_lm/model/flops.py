@@ -1,0 +1,121 @@
+"""What a model costs, as formulas over its resolved config: parameters, FLOPs, decoding state.
+
+No torch: a dry run prints these within a second. Tests hold them against the real tensors and
+against PyTorch's FLOP counter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modular_lm.config.schema import ModelConfig
+from modular_lm.model.sizes import n_sites, sizes_of
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    embedding: the table; tied, it is the head as well; head: 0 when tied
+    layers: matrices of all layers; aggs: all of the aggregation sites; norms: those of the trunk
+    matmul: those that multiply each token (layers and head, tied or not): the N of 6 N FLOPs
+    """
+
+    embedding: int
+    layers: int
+    aggs: int
+    norms: int
+    head: int
+    matmul: int
+
+    @property
+    def total(self) -> int:
+        return self.non_embedding + self.embedding
+
+    @property
+    def non_embedding(self) -> int:
+        return self.layers + self.aggs + self.norms + self.head
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """The parameters of a resolved config, by what they are for."""
+    z = sizes_of(config)
+    attention = 2 * z.dim * z.attn_dim + 2 * z.dim * z.kv_dim
+    layers = z.n_layers * (attention + 3 * z.dim * z.ffn_dim)
+    table = z.vocab_size * z.dim
+    return Parameters(
+        embedding=table,
+        layers=layers,
+        aggs=n_sites(config) * _site_parameters(config),
+        norms=(2 * z.n_layers + 1) * z.dim,
+        head=0 if config.weight_tying else table,
+        matmul=layers + table,
+    )
+
+
+def _site_parameters(config: ModelConfig) -> int:
+    z = sizes_of(config)
+    if config.module_agg == "stack":
+        return 4 * z.dim * z.agg_dim + 2 * z.dim
+    return z.dim * z.dim + z.dim
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs of one training token (forward 1/3, backward 2/3), averaged over `seq_len`.
+
+    6 per parameter that multiplies the token, and 12 times the attention's width per visible
+    (query, key) pair and layer; pairs are counted exactly, padding and recomputation not at all.
+    """
+    z = sizes_of(config)
+    local = z.n_layers * 12 * z.attn_dim * _causal_pairs(seq_len, _chunk(config, seq_len))
+    sites = n_sites(config) * _site_flops(config, seq_len)
+    return 6 * parameters(config).matmul + (local + sites) / seq_len
+
+
+def _site_flops(config: ModelConfig, seq_len: int) -> int:
+    """Of one aggregation site over a whole sequence."""
+    z = sizes_of(config)
+    chunk = _chunk(config, seq_len)
+    n_chunks = -(-seq_len // chunk)
+    if n_chunks == 1:
+        return 0  # the site does not run
+    if config.module_agg != "stack":
+        return 6 * z.dim * z.dim * n_chunks  # wo, once per chunk
+    m = config.module_n_summary
+    projections = 2 * seq_len + 2 * m * n_chunks  # wq, wo per token; wk, wv per summary
+    pairs = seq_len + m * _earlier_chunks(seq_len, chunk)  # every token sees the zero slot
+    return 6 * z.dim * z.agg_dim * projections + 12 * z.agg_dim * pairs
+
+
+def state_elements(config: ModelConfig, t: int) -> int:
+    """Numbers that decoding holds per sequence after t tokens, at the fullest point of a chunk.
+
+    Keys and values of up to one chunk in every layer; per site the pooled current chunk, and
+    the running sum (`avg`, `sum`) or the keys and values of all earlier summaries (`stack`).
+    """
+    z = sizes_of(config)
+    cached = 2 * z.n_layers * z.kv_dim * _chunk(config, t)
+    if config.module_seq_len is None:
+        return cached
+    m = config.module_n_summary
+    if config.module_agg == "stack":
+        memory = 2 * z.agg_dim * m * (t // config.module_seq_len)
+    else:
+        memory = z.dim
+    return cached + n_sites(config) * (m * z.dim + memory)
+
+
+def _chunk(config: ModelConfig, seq_len: int) -> int:
+    return min(config.module_seq_len or seq_len, seq_len)
+
+
+def _causal_pairs(seq_len: int, chunk: int) -> int:
+    """(query, key) pairs with the key not after the query and in the same chunk."""
+    full, rest = divmod(seq_len, chunk)
+    return full * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
+
+
+def _earlier_chunks(seq_len: int, chunk: int) -> int:
+    """The number of earlier chunks, summed over all tokens."""
+    full, rest = divmod(seq_len, chunk)
+    return chunk * (full * (full - 1) // 2) + rest * full

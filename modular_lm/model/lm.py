@@ -1,0 +1,102 @@
+"""The language model: embedding, modular body, head, and the loss per token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modular_lm.config.schema import ModelConfig
+from modular_lm.model.aggregation import make_sites
+from modular_lm.model.block import Block
+from modular_lm.model.layers import Initial, RMSNorm, linear, normal, precise
+from modular_lm.model.modular import Body, State
+
+IGNORE = -1
+"""A target that is not scored: its loss is 0."""
+
+LOGITS_AT_ONCE = 2**29
+"""More logits than these (2 GiB in fp32) are not held at once when training: the loss is then
+computed slice by slice, and each slice's logits again in the backward pass."""
+
+
+class LanguageModel(nn.Module):
+    """A Llama-style decoder over chunks, built from a resolved `ModelConfig`.
+
+    Parameters carry Meta's names, those of the aggregation sites are `aggs.*`; none depends on the
+    chunk length, and there are no buffers. A new model holds no meaningful weights: call
+    `init.init_weights` or load some.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.aggs = make_sites(config)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        # Tied, there is no second parameter: ties do not survive `to_empty` from the meta device.
+        self.output = None if config.weight_tying else linear(config.dim, config.vocab_size)
+
+    def initial_weights(self) -> dict[str, Initial]:
+        start = normal(self.config, self.config.dim)
+        head = {} if self.output is None else {"output.weight": start}
+        return {"tok_embeddings.weight": start, **head}
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of `tokens` [B, T] (int64), in the type of the computation.
+
+        With `targets` [B, T]: instead the negative log-likelihood of each in nats, [B, T], in
+        fp32 (fp64 for an fp64 model), 0 where the target is IGNORE.
+        """
+        h = self.norm(self._body().run_chunks(self.tok_embeddings(tokens)))
+        if targets is None:
+            return self._logits(h)
+        return self._losses(h.flatten(0, 1), targets.flatten()).view_as(targets)
+
+    def init_state(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> State:
+        """The state before the first token of `batch_size` sequences.
+
+        `dtype` is that of the computation; both default to those of the parameters.
+        """
+        weight = self.tok_embeddings.weight
+        return self._body().init_state(batch_size, dtype or weight.dtype, device or weight.device)
+
+    def extend(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Logits [B, s, V] of the next tokens [B, s], and the state after them.
+
+        Equal to `forward` on all tokens so far, however they are split. On a model under FSDP this
+        method needs `register_fsdp_forward_method`.
+        """
+        h, state = self._body().run_pieces(self.tok_embeddings(tokens), state)
+        return self._logits(self.norm(h)), state
+
+    def _body(self) -> Body:
+        return Body(self.config, self.layers, self.aggs)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        head = self.tok_embeddings if self.output is None else self.output
+        return F.linear(h, head.weight)
+
+    def _losses(self, h: Tensor, targets: Tensor) -> Tensor:
+        """h: [N, D], targets: [N] -> [N]."""
+        at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(targets) <= at_once:
+            return self._slice_losses(h, targets)
+        slices = zip(h.split(at_once), targets.split(at_once), strict=True)
+        losses = [
+            checkpoint(self._slice_losses, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in slices
+        ]
+        return torch.cat(losses)
+
+    def _slice_losses(self, h: Tensor, targets: Tensor) -> Tensor:
+        logits = self._logits(h)
+        wide = logits.to(precise(logits.dtype))
+        return F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="none")

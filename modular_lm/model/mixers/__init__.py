@@ -1,0 +1,22 @@
+"""Sequence mixers: what lets the tokens of a chunk see each other. One dict, one interface.
+
+A mixer is an `nn.Module` built from a resolved `ModelConfig`, with
+
+- `forward(x, segments, state) -> (y, state)`: x, y: [B, s, D]. Causal within a row; nothing
+  crosses rows. `state` is what earlier calls left behind of the same rows, and the new one is
+  returned: a value, the old one stays valid. With None the rows begin here and no state is kept
+  (training).
+- `empty_state(batch_size, dtype, device) -> state`: the state before the first token; a state's
+  `restart()` gives the same for rows that begin a new segment.
+- `initial_weights()`, see `layers`.
+"""
+
+from __future__ import annotations
+
+from modular_lm.model.mixers.attention import Attention, KVCache
+from modular_lm.model.mixers.segments import Segments
+
+MIXERS = {"attention": Attention}
+MixerState = KVCache
+
+__all__ = ["MIXERS", "MixerState", "Segments"]

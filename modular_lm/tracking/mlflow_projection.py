@@ -1,0 +1,243 @@
+"""The MLflow run that mirrors a run's folder: what of its files goes where in MLflow.
+
+A projection: what MLflow holds follows from the files alone, so it may be made late, again, or into
+another store, and only what is missing is added (`mlflow_run`). Checkpoints are listed by step and
+path, not uploaded; `metrics.jsonl` is not either, its numbers are the metrics.
+
+Whatever is thrown here (no server, a locked database) is for `follower` to report and try again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from modular_lm import __version__
+from modular_lm.config.checks import flatten
+from modular_lm.errors import ConfigError
+from modular_lm.tracking.follower import RETRY_SECONDS, one_line
+from modular_lm.tracking.mlflow_run import (
+    MlflowRun,
+    Point,
+    as_text,
+    find_or_create,
+    marked_points_of,
+    milliseconds,
+    points_of,
+)
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.tracking.snapshot import ORIGIN_FILE
+
+log = logging.getLogger(__name__)
+
+_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+def tracking_uri(config_value: str | None, dump_dir: str | Path) -> str:
+    """The store to use: the config's, else MLFLOW_TRACKING_URI, else sqlite beside `dump_dir`.
+
+    Raises ConfigError for a folder of files, which MLflow no longer writes.
+    """
+    uri = config_value or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{Path(dump_dir).absolute().parent / 'mlflow.db'}"
+    if urlsplit(uri).scheme in ("", "file") and uri != "databricks":
+        name = "logging.mlflow.tracking_uri" if config_value else "MLFLOW_TRACKING_URI"
+        raise ConfigError(
+            f"{name}={uri}: expected the address of a server (http://...) or of a database "
+            "(sqlite:////absolute/path/mlflow.db); MLflow does not write plain folders any more"
+        )
+    return uri
+
+
+class MlflowProjection:
+    """The sink (see `follower.Sink`) that mirrors `folder` in MLflow.
+
+    `uri` as in `tracking_uri`. Nothing is contacted before the first flush. Raises ConfigError if
+    MLflow is not installed or cannot use the address.
+    """
+
+    name = "MLflow"
+    interval = 5.0
+
+    def __init__(self, folder: RunFolder, uri: str | None, experiment: str, run_name: str) -> None:
+        if importlib.util.find_spec("mlflow") is None:
+            raise ConfigError(
+                "logging.mlflow.enabled=true: the package mlflow is not installed; "
+                "run `pip install mlflow` or set logging.mlflow.enabled=false"
+            )
+        self.tracking_uri = tracking_uri(uri, folder.path)
+        self._folder = folder
+        self._experiment = experiment
+        self._run_name = run_name
+        self._run: MlflowRun | None = None
+        self._events: list[dict[str, Any]] = []
+        self._training: list[list[Point]] = []
+        self._evaluation: list[list[Point]] = []
+        self._uploads = _Uploads(folder)
+
+    def event(self, line: dict[str, Any]) -> None:
+        """Take one line of the event log."""
+        self._events.append(line)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Take one training line."""
+        self._training.append(marked_points_of(line))
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Take one validation or evaluation line."""
+        self._evaluation.append(points_of(line))
+
+    def flush(self) -> None:
+        """Send what was taken and is not there yet; after an error, ask MLflow what is there."""
+        try:
+            if self._run is None:
+                self._run = self._find_run()
+            self._run.log_training(self._training)
+            self._run.log_evaluation(self._evaluation)
+            _describe(self._run, self._events, self._folder)
+            self._uploads.note(self._events)
+        except Exception:
+            self._run = None
+            raise
+        finally:
+            self._events, self._training, self._evaluation = [], [], []
+        self._uploads.send(self._run)
+
+    def close(self) -> None:
+        """Upload what could not be uploaded before."""
+        if self._run is not None:
+            self._uploads.send(self._run, now=True)
+
+    def _find_run(self) -> MlflowRun:
+        created = next((e for e in self._folder.events() if e.get("event") == "created"), None)
+        if created is None:
+            raise RuntimeError(f"{self._folder.events_file}: does not say when the run was created")
+        began = milliseconds(created["time"])
+        return find_or_create(
+            self.tracking_uri, self._experiment, created["uid"], self._run_name, began
+        )
+
+
+def _describe(run: MlflowRun, events: Iterable[dict[str, Any]], folder: RunFolder) -> None:
+    """Parameters, tags and status, as the events say."""
+    tags: dict[str, str] = {}
+    status: dict[str, Any] | None = None
+    for event in events:
+        tags |= _tags(event, folder)
+        if event["event"] in ("attempt", "end"):
+            status = event
+        if event["event"] == "attempt" and folder.config.exists():
+            run.log_params(flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8"))))
+    run.set_tags(tags)
+    if status is None:
+        return
+    if status["event"] == "attempt":
+        run.client.update_run(run.run_id, status="RUNNING")
+    else:
+        name = _STATUS.get(status["status"], "FAILED")
+        run.client.set_terminated(run.run_id, name, milliseconds(status["time"]))
+
+
+def _tags(event: dict[str, Any], folder: RunFolder) -> dict[str, str]:
+    match event["event"]:
+        case "attempt":
+            attempt = event["attempt"]
+            tags = {
+                "dump_dir": str(folder.path),
+                "modular_lm.version": __version__,
+                "status": "running",
+                "attempt": str(attempt),
+                "world_size": str(event.get("world_size")),
+                "hosts": as_text(event.get("hosts")),
+            }
+            # MLflow keeps the first value of a parameter: this tells of later ones.
+            if changes := event.get("config_changes"):
+                tags[f"config_change.{attempt}"] = "\n".join(changes)
+            return tags | _origin_tags(folder)
+        case "created":
+            return {"name": str(event.get("name"))}
+        case "failure":
+            return {f"failure.{event['attempt']}": str(event["reason"])}
+        case "checkpoint":
+            return {"checkpoint.step": str(event["step"]), "checkpoint.path": str(event["path"])}
+        case "end":
+            return {"status": event["status"], "end_reason": str(event.get("reason") or "")}
+    return {}
+
+
+def _origin_tags(folder: RunFolder) -> dict[str, str]:
+    origin = folder.code / ORIGIN_FILE
+    if not origin.exists():
+        return {}
+    found = json.loads(origin.read_text(encoding="utf-8"))
+    if not found["git_commit"]:
+        return {}
+    return {"mlflow.source.git.commit": found["git_commit"], "git_dirty": as_text(found["dirty"])}
+
+
+class _Uploads:
+    """Files that MLflow gets a copy of. Apart from the points, which must not wait for them."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._code_is_due = False
+        self._history_is_due = False
+        self._not_before = 0.0
+        self._complained = False
+
+    def note(self, events: Iterable[dict[str, Any]]) -> None:
+        """See which files have changed."""
+        kinds = {event["event"] for event in events}
+        self._code_is_due |= "attempt" in kinds
+        self._history_is_due |= bool(kinds & {"attempt", "checkpoint", "end"})
+
+    def send(self, run: MlflowRun, *, now: bool = False) -> None:
+        """Upload what is due; after a failure only some time later, or `now`."""
+        if not now and time.monotonic() < self._not_before:
+            return
+        try:
+            if self._code_is_due:
+                self._send_code(run)
+                self._code_is_due = False
+            if self._history_is_due:
+                self._send_history(run)
+                self._history_is_due = False
+        except Exception as error:
+            self._not_before = time.monotonic() + RETRY_SECONDS
+            if not self._complained:
+                log.warning("MLflow: no artifacts for now: %s", one_line(error))
+            self._complained = True
+
+    def _send_code(self, run: MlflowRun) -> None:
+        for file in (self._folder.config, self._folder.base_config):
+            if file.exists():
+                run.client.log_artifact(run.run_id, str(file))
+        if self._folder.code.is_dir():
+            run.client.log_artifacts(run.run_id, str(self._folder.code), "code")
+
+    def _send_history(self, run: MlflowRun) -> None:
+        text = json.dumps(checkpoint_list(self._folder), indent=2)
+        run.client.log_text(run.run_id, text, "checkpoints.json")
+        run.client.log_artifact(run.run_id, str(self._folder.events_file))
+
+
+def checkpoint_list(folder: RunFolder) -> list[dict[str, Any]]:
+    """All checkpoints that were saved, by step: `{step, path, complete}`.
+
+    `complete` is false once a checkpoint has been removed; one at a URI is not looked up.
+    """
+    paths = {e["step"]: str(e["path"]) for e in folder.events() if e.get("event") == "checkpoint"}
+    return [
+        {"step": step, "path": path, "complete": "://" in path or Path(path, "COMPLETE").exists()}
+        for step, path in sorted(paths.items())
+    ]

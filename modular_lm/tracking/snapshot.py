@@ -1,0 +1,88 @@
+"""A copy of the code that ran, and where it came from, for the run's folder.
+
+Takes the project's own sources and configs; not data, environments or caches.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import modular_lm
+
+_PACKAGES = ("modular_lm", "ray_jobs", "cluster")
+_CHECKOUT_ONLY = ("configs", "pyproject.toml")
+_LARGEST_SOURCE = 1 << 20
+ORIGIN_FILE = "snapshot.json"
+
+
+def snapshot_code(destination: Path) -> dict[str, Any]:
+    """Replace `destination` by a copy of the code, with its origin in `snapshot.json`.
+
+    Returns the origin: `version`, and `git_commit` and `dirty` (uncommitted changes in what was
+    copied), both None outside of a git checkout. The copy is complete before it gets its name.
+    """
+    root = Path(modular_lm.__file__).resolve().parents[1]
+    in_checkout = (root / "pyproject.toml").is_file()
+    wanted = _PACKAGES + (_CHECKOUT_ONLY if in_checkout else ())
+    names = [name for name in wanted if (root / name).exists()]
+    commit, dirty = _git_state(root, names) if in_checkout else (None, None)
+    origin = {"version": modular_lm.__version__, "git_commit": commit, "dirty": dirty}
+
+    incoming = destination.with_name(f".{destination.name}.new")
+    outgoing = destination.with_name(f".{destination.name}.old")
+    for leftover in (incoming, outgoing):
+        shutil.rmtree(leftover, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    for name in names:
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, incoming / name, ignore=_ignored)
+        else:
+            shutil.copy2(source, incoming / name)
+    (incoming / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    # A folder that is not empty cannot be replaced by one call.
+    if destination.exists():
+        destination.rename(outgoing)
+    incoming.rename(destination)
+    shutil.rmtree(outgoing, ignore_errors=True)
+    return origin
+
+
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    """Caches, hidden files, and what is too big to be a source."""
+    return {
+        name
+        for name in names
+        if name == "__pycache__"
+        or name.startswith(".")
+        or name.endswith((".pyc", ".so"))
+        or _is_too_big(Path(folder, name))
+    }
+
+
+def _is_too_big(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > _LARGEST_SOURCE
+
+
+def _git_state(root: Path, names: list[str]) -> tuple[str | None, bool | None]:
+    """Commit and whether `names` differ from it; None where `root` is not the repository's top."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    commit = _git(root, "rev-parse", "HEAD")
+    if not commit or not top or Path(top).resolve() != root:
+        return None, None
+    changed = _git(root, "status", "--porcelain", "--", *names)
+    return commit, None if changed is None else bool(changed)
+
+
+def _git(root: Path, *args: str) -> str | None:
+    """What git prints; None if it fails or there is no git."""
+    command = ["git", "-C", str(root), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

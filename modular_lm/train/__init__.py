@@ -1,0 +1,1 @@
+"""Training: the loop (`trainer`), its checkpoints, its metrics, and the way in without Ray."""

@@ -1,0 +1,61 @@
+"""Training without Ray: `torchrun ... -m modular_lm.train config=...`, or one plain process.
+
+    torchrun --nproc-per-node 2 -m modular_lm.train config=configs/debug.yaml
+    python -m pdb -m modular_lm.train config=configs/debug.yaml
+
+The same run folder, the same batches, the same weights as under `ray_jobs.train`; the number of
+ranks is torchrun's (`ray.num_workers` is not used) and batches are read in process.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from modular_lm.cli import run_job, setup_logging
+from modular_lm.config import TrainConfig
+from modular_lm.data.dataset import LocalLoader
+from modular_lm.train.driver import drive, stop_on_signals
+from modular_lm.train.dry_run import describe
+from modular_lm.train.run import Run, open_run, resolve_config
+
+USAGE = "[torchrun --nproc-per-node N] -m modular_lm.train config=FILE key=value ..."
+
+
+def main(config: TrainConfig, given: dict[str, Any]) -> int:
+    """One rank of a run; rank 0 also attends it."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        setup_logging(rank)
+    resolved, tokenizer = resolve_config(config)
+    if config.dry_run:
+        if rank == 0:
+            print(describe(resolved, size))
+        return 0
+    run = open_run(resolved, tokenizer, size)
+    if rank == 0:
+        return drive(run, given, lambda: _train(run))
+    if not run.is_complete:
+        with stop_on_signals(run.folder):
+            _train(run)
+    return 0
+
+
+def _train(run: Run) -> None:
+    import torch.distributed as dist
+
+    from modular_lm.parallel import init_world
+    from modular_lm.train.worker import train_rank
+
+    world = init_world()
+    try:
+        start = world.broadcast(run.begin_attempt(world.size) if world.rank == 0 else None)
+        loader = LocalLoader(run.dataset, run.global_batch_size, world.rank, world.size)
+        steps = loader.steps(start, run.stop_step)
+        train_rank(run, world, start, steps, on_saved=lambda saved: None)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_job(TrainConfig, main, what=__doc__ or "", usage=USAGE)

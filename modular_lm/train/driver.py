@@ -1,0 +1,144 @@
+"""The side of a run that trains nothing: begins it, attends it, and says how it ended.
+
+Signals become a stop request in the run's folder; the terminal and MLflow follow the run's files
+in threads; the event log gets its last line. Used by the Ray driver and, without Ray, by rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from modular_lm.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, UserFacingError
+from modular_lm.errors import reason as reason_of
+from modular_lm.tracking.console import ConsoleProgress
+from modular_lm.tracking.follower import Follower, Sink
+from modular_lm.tracking.mlflow_projection import MlflowProjection, tracking_uri
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.run import Run
+
+log = logging.getLogger(__name__)
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def drive(run: Run, given: dict[str, Any], execute: Callable[[], None]) -> int:
+    """Run `execute` (which trains) with everything around it; returns the exit code.
+
+    given: the config as the user gave it. Raises ConfigError if another process trains this run.
+    """
+    folder = run.folder
+    if run.is_complete:
+        print(f"{run.config.name} is complete: step {run.done_steps} of {run.stop_step}")
+        print(where_things_are(run))
+        return EXIT_DONE
+    with _only_one(folder):
+        run.begin(given)
+        follower = Follower(folder, _sinks(run))
+        follower.start()
+        try:
+            with stop_on_signals(folder):
+                execute()
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, UserFacingError) else EXIT_FAILED
+            _end(run, "failed", code, reason_of(error))
+            follower.stop()
+            raise
+        stopped = folder.stop_requested()
+        complete = run.is_complete
+        code = EXIT_DONE if complete else EXIT_STOPPED
+        _end(run, "done" if complete else "stopped", code, None if complete else stopped)
+        folder.clear_stop()
+        follower.stop()
+    if not complete:
+        print(f"stopped at step {run.done_steps} ({stopped}); the same command continues")
+    print(where_things_are(run))
+    return code
+
+
+def where_things_are(run: Run) -> str:
+    """Paths of what a run has left, for the end of a job's output."""
+    folder, mlflow = run.folder, run.config.logging.mlflow
+    checkpoint = f"{run.done_steps:010d}"
+    lines = [
+        f"  run folder   {folder.path}",
+        f"  checkpoint   {folder.checkpoints / checkpoint}",
+        f"  metrics      {folder.metrics.path}",
+    ]
+    if mlflow.enabled:
+        lines.append(f"  MLflow       {tracking_uri(mlflow.tracking_uri, folder.path)}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def stop_on_signals(folder: RunFolder) -> Iterator[None]:
+    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 request a stop; a second SIGINT aborts."""
+    interrupts = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        if folder.stop_requested() is None:
+            folder.request_stop(name)
+            folder.append_event("stop_requested", reason=name)
+            log.info("%s: stopping after a checkpoint (Ctrl-C again aborts without one)", name)
+
+    before = {number: signal.signal(number, handle) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _sinks(run: Run) -> list[Sink]:
+    c = run.config
+    sinks: list[Sink] = [ConsoleProgress(c.steps)]
+    if c.logging.mlflow.enabled:
+        sinks.append(
+            MlflowProjection(
+                run.folder, c.logging.mlflow.tracking_uri, c.logging.mlflow.experiment, c.name
+            )
+        )
+    return sinks
+
+
+def _end(run: Run, status: str, code: int, why: str | None) -> None:
+    # The disk may be what failed; the reason must still reach the user.
+    with contextlib.suppress(OSError, UserFacingError):
+        run.folder.append_event(
+            "end", status=status, step=run.done_steps, exit_code=code, reason=why
+        )
+
+
+@contextlib.contextmanager
+def _only_one(folder: RunFolder) -> Iterator[None]:
+    """Hold the run's lock, so that two commands never train in one folder."""
+    path = Path(folder.ray) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"dump_dir={folder.path}: is being trained by {file.read().strip()}; "
+                "wait for it, stop it, or use another dump_dir"
+            ) from None
+        except OSError:
+            log.warning("%s: this file system has no locks; start this run only once", path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,56 @@
+"""What `dry_run=true` prints: the resolved config and what the run would cost. Imports no torch."""
+
+from __future__ import annotations
+
+from modular_lm.config import TrainConfig, to_dict, to_yaml
+from modular_lm.config.checks import global_batch_size, warnings_of
+from modular_lm.model.flops import flops_per_token, parameters
+from modular_lm.model.sizes import sizes_of
+
+# fp32 weights, gradients and the two moments of AdamW.
+_STATE_BYTES = 16
+
+
+def describe(config: TrainConfig, world_size: int) -> str:
+    """The resolved config as YAML, then parameters, FLOPs, memory, steps and tokens."""
+    batch = global_batch_size(config, world_size)
+    tokens = batch * config.data.seq_len
+    stop = config.stop_at or config.steps
+    per_token = flops_per_token(config.model, config.data.seq_len)
+    count = parameters(config.model)
+    state, activations = memory_estimate(config, world_size)
+    rows = [
+        ("parameters", f"{count.total:,} ({count.non_embedding:,} without embeddings)"),
+        ("FLOPs per token", f"{per_token:.4g} (forward and backward)"),
+        (
+            "memory per worker",
+            f"about {state + activations:,.0f} MiB: {state:,.0f} weights, "
+            f"gradients and optimizer, {activations:,.0f} activations",
+        ),
+        ("workers", f"{world_size}"),
+        ("samples per step", f"{batch:,}"),
+        ("tokens per step", f"{tokens:,}"),
+        ("steps", f"{stop:,}" + (f" of {config.steps:,}" if stop != config.steps else "")),
+        ("tokens in all", f"{stop * tokens:,}"),
+        ("FLOPs in all", f"{stop * tokens * per_token:.4g}"),
+    ]
+    lines = [to_yaml(to_dict(config)), *(f"{name:<18} {value}" for name, value in rows)]
+    lines += [f"warning: {text}" for text in warnings_of(config)]
+    return "\n".join(lines)
+
+
+def memory_estimate(config: TrainConfig, world_size: int) -> tuple[float, float]:
+    """(state, activations) of one worker in MiB.
+
+    State is exact: 16 bytes a parameter, sharded. Activations are an upper estimate for a
+    micro-batch without recomputation: per token and layer what backward needs of attention
+    (about 8 dim) and of the feed-forward (about 2 dim + 4 hidden), and logits twice in fp32.
+    """
+    m, d = config.model, config.data
+    count = parameters(m)
+    size = 2 if config.distributed.model_dtype == "bf16" else 4
+    tokens = d.batch_size * d.seq_len
+    per_layer = (10 * m.dim + 4 * sizes_of(m).ffn_dim) * size
+    logits = 2 * 4 * m.vocab_size
+    activations = tokens * (m.n_layers * per_layer + logits)
+    return _STATE_BYTES * count.total / world_size / 2**20, activations / 2**20

@@ -1,0 +1,182 @@
+"""A run: one `dump_dir` across all of its attempts, whoever starts them.
+
+`open_run` checks a config against the data and against what the folder already holds, before
+anything is written; `Run.begin` writes what describes the run; `Run.begin_attempt` decides from
+which step an attempt goes on. Ray (`ray_jobs.train`) and torchrun (`python -m modular_lm.train`)
+differ only in who calls these. Imports no torch, so that a mistake is answered at once; what each
+rank does is in `worker`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modular_lm.config import TrainConfig, to_dict, to_yaml
+from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
+from modular_lm.data.dataset import Dataset, check_fingerprint
+from modular_lm.errors import ConfigError
+from modular_lm.tokenizer import Tokenizer, build_tokenizer
+from modular_lm.tracking.run_folder import RunFolder, write_text_atomic
+from modular_lm.tracking.snapshot import snapshot_code
+from modular_lm.train.inventory import newest_step
+
+log = logging.getLogger(__name__)
+
+
+def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
+    """Fill in all defaults, make paths absolute, and build the tokenizer. Raises ConfigError."""
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    resolved = resolve(config, tokenizer.n_words)
+    token = resolved.data.tokenizer
+    if tokenizer.file is not None:
+        token = dataclasses.replace(token, path=str(tokenizer.file.resolve()))
+    root = resolved.data.root_dir
+    data = dataclasses.replace(
+        resolved.data, tokenizer=token, root_dir=root and str(Path(root).resolve())
+    )
+    assert resolved.dump_dir is not None
+    dump_dir = str(Path(resolved.dump_dir).resolve())
+    return dataclasses.replace(resolved, data=data, dump_dir=dump_dir), tokenizer
+
+
+@dataclass
+class Run:
+    """What all attempts and all ranks of a run share; picklable.
+
+    global_batch_size: samples per optimizer step, fixed when the run first started.
+    stop_step: where this command ends: `stop_at`, else `steps`.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    tokenizer: Tokenizer
+    dataset: Dataset
+    global_batch_size: int
+    stop_step: int
+    config_changes: tuple[str, ...]
+    is_new: bool
+
+    @property
+    def done_steps(self) -> int:
+        return newest_step(self.folder.checkpoints)
+
+    @property
+    def is_complete(self) -> bool:
+        """The checkpoint of the last step is written after all else that belongs to it."""
+        return self.done_steps >= self.stop_step
+
+    def begin(self, given: dict[str, Any]) -> None:
+        """Create the folder if need be and write what describes the run. Driver only."""
+        self.folder.create()
+        self.folder.clear_stop()
+        write_text_atomic(self.folder.config, to_yaml(to_dict(self.config)))
+        write_text_atomic(self.folder.base_config, to_yaml(given))
+        snapshot_code(self.folder.code)
+        if self.is_new:
+            self.folder.append_event(
+                "created",
+                uid=uuid.uuid4().hex,
+                name=self.config.name,
+                global_batch_size=self.global_batch_size,
+                batch_size=self.config.data.batch_size,
+                grad_acc_steps=self.config.grad_acc_steps,
+                data=self.dataset.fingerprint(),
+            )
+
+    def begin_attempt(self, world_size: int, hosts: list[str] | None = None) -> int:
+        """Pick the newest complete checkpoint, record the attempt, return its start step."""
+        start = self.done_steps
+        attempts = sum(1 for event in self.folder.events() if event["event"] == "attempt")
+        self.folder.append_event(
+            "attempt",
+            attempt=attempts + 1,
+            start_step=start,
+            world_size=world_size,
+            hosts=hosts or [socket.gethostname()],
+            config_changes=list(self.config_changes),
+        )
+        return start
+
+    def describe_data(self, step: int) -> dict[str, float]:
+        """Epoch and share of each source in the global batch that ended step `step`."""
+        first = (step - 1) * self.global_batch_size
+        where = self.dataset.plan.locate(range(first, first + self.global_batch_size))
+        figures: dict[str, float] = {}
+        for number, source in enumerate(self.dataset.plan.sources):
+            mine = where.source == number
+            figures[f"data/share/{source.name}"] = float(mine.mean())
+            if mine.any():
+                figures[f"data/epoch/{source.name}"] = int(where.epoch[mine].max())
+        return figures
+
+
+def open_run(config: TrainConfig, tokenizer: Tokenizer, world_size: int) -> Run:
+    """The run that a resolved config describes, new or continued. Writes nothing to dump_dir.
+
+    Raises ConfigError where the config contradicts what the folder holds, DataError or
+    ConfigError where the data do not fit.
+    """
+    assert config.dump_dir is not None
+    for warning in warnings_of(config):
+        log.warning("%s", warning)
+    dataset = Dataset(config.data, tokenizer)
+    folder = RunFolder(config.dump_dir)
+    created = folder.last_event("created")
+    stop_step = config.stop_at or config.steps
+    implied = global_batch_size(config, world_size)
+    if created is None or newest_step(folder.checkpoints) == 0:
+        # Nothing was saved yet, so nothing can be contradicted.
+        same = created is not None and _is_same_run(config, folder, dataset, implied, created)
+        return Run(config, folder, tokenizer, dataset, implied, stop_step, (), not same)
+    refused, allowed = changes(yaml.safe_load(folder.config.read_text()), config)
+    if refused:
+        raise ConfigError(
+            f"dump_dir={folder.path}: holds a run whose {'; '.join(refused)}: these cannot change "
+            "within a run; use another dump_dir (or name) for a new one"
+        )
+    check_fingerprint(created["data"], dataset.fingerprint())
+    batch = _stored_batch(config, created, implied, world_size)
+    return Run(config, folder, tokenizer, dataset, batch, stop_step, tuple(allowed), False)
+
+
+def _is_same_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    dataset: Dataset,
+    batch: int,
+    created: dict[str, Any],
+) -> bool:
+    refused, _ = changes(yaml.safe_load(folder.config.read_text()), config)
+    same_data = created["data"] == dataset.fingerprint()
+    return not refused and same_data and created["global_batch_size"] == batch
+
+
+def _stored_batch(
+    config: TrainConfig, created: dict[str, Any], implied: int, world_size: int
+) -> int:
+    """The run's global batch; refuse a command that asks for another one."""
+    stored = created["global_batch_size"]
+    asked = {
+        "data.batch_size": (created["batch_size"], config.data.batch_size),
+        "grad_acc_steps": (created["grad_acc_steps"], config.grad_acc_steps),
+    }
+    changed = [f"{k}: {old} -> {new}" for k, (old, new) in asked.items() if old != new]
+    if implied != stored and changed:
+        raise ConfigError(
+            f"{'; '.join(changed)}: with {world_size} workers these make {implied} samples a step, "
+            f"but this run has {stored}; choose them so that their product with the number of "
+            f"workers is {stored}, or leave them as they were (accumulation then follows)"
+        )
+    if stored < world_size:
+        raise ConfigError(
+            f"ray.num_workers={world_size}: more workers than the {stored} samples of a step"
+        )
+    return stored

@@ -1,0 +1,74 @@
+"""A Ray session for the length of a job: join the cluster that is there, or start one here.
+
+`RAY_ADDRESS` (set by `ray job submit` and by our SLURM launcher) names a cluster to join. Without
+it a Ray of our own starts on this machine and ends with the job; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from modular_lm.errors import RunFailedError
+
+# Logical CPUs beside those of the training workers: tasks of Ray Data, validation, the driver.
+SPARE_CPUS = 2
+
+
+@contextlib.contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+    """Ray is initialised inside the block; a Ray that was already there is left as it was.
+
+    num_cpus: logical CPUs of a Ray that is started here; default: the machine's, at least 4. They
+    may exceed the physical ones: Ray only counts them.
+    Raises RunFailedError if no Ray can be reached or started.
+    """
+    _environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            _start(num_cpus or max(4, os.cpu_count() or 1))
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = os.environ.get("RAY_ADDRESS", "a new one on this machine")
+        reason = " ".join(str(error).split())
+        raise RunFailedError(f"no Ray session (RAY_ADDRESS: {where}): {reason}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _environment() -> None:
+    """Settings that Ray reads at import or passes to its workers; the user's own values win."""
+    defaults = {
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _start(num_cpus: int) -> None:
+    import ray
+
+    ray.init(
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+        _system_config={
+            # Keeps idle workers for the next execution of Ray Data instead of starting new ones.
+            "idle_worker_killing_time_threshold_ms": 600_000,
+            "num_workers_soft_limit": num_cpus + 4,
+        },
+    )

@@ -1,0 +1,56 @@
+"""Continue a text with a trained model: `ckpt=` a checkpoint's folder, or a run's (its latest).
+
+Prints the prompt and its continuation; with `out=FILE` also writes a JSON line
+{"prompt", "text", "tokens"}. One prompt needs no cluster, so no Ray is started.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from modular_lm.cli import run_job
+from modular_lm.config import GenerateConfig
+from modular_lm.errors import ConfigError
+from modular_lm.train.inventory import find
+
+log = logging.getLogger(__name__)
+
+USAGE = 'python -m ray_jobs.generate ckpt=DIR prompt="..." key=value ...'
+
+
+def main(config: GenerateConfig, given: dict[str, Any]) -> int:
+    """The job; returns the exit code."""
+    find(config.ckpt)  # before torch is loaded
+    out = Path(config.out) if config.out else None
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ConfigError(f"out={config.out}: there is no folder {out.absolute().parent}")
+    from modular_lm.generate import generate
+    from modular_lm.train.checkpoint import load_for_inference
+
+    model, tokenizer, _, folder = load_for_inference(config.ckpt)
+    log.info("model of %s", folder)
+    prompt = tokenizer.encode(config.prompt, add_bos=True)
+    tokens = generate(
+        model,
+        prompt,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        eos_id=tokenizer.eos_id,
+    )
+    # Decoded together: a token alone need not be whole characters.
+    text = tokenizer.decode(prompt + tokens)[len(tokenizer.decode(prompt)) :]
+    print(config.prompt + text)
+    if out is not None:
+        line = {"prompt": config.prompt, "text": text, "tokens": tokens}
+        out.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(GenerateConfig, main, what=__doc__ or "", usage=USAGE)

@@ -1,0 +1,113 @@
+"""`python -m ray_jobs.prepare`: documents to token shards, on Ray Data.
+
+All checks come first, without Ray; then the two passes of `modular_lm.data.shuffle` run as tasks
+of Ray Data, one per slice of the input and one per shard. The built-in corpus is small: it is
+prepared in this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modular_lm.cli import run_job
+from modular_lm.config import PrepareConfig
+from modular_lm.data.builtin import BUILTIN, BUILTIN_DEFAULTS, ensure_builtin, prepare_builtin
+from modular_lm.data.manifest import Manifest
+from modular_lm.data.prepare import plan_sources, run_plans, serial
+from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
+
+WHAT = "Turn documents (parquet, jsonl, jsonl.gz, jsonl.zst) into shuffled token shards."
+USAGE = "python -m ray_jobs.prepare src=TEXT dst=SHARDS tokenizer.name=sp tokenizer.path=MODEL"
+
+
+def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
+    """Prepare all sources below `config.src`; prints a table of them and returns the exit code."""
+    if config.src == BUILTIN:
+        folder, manifests = _builtin(config, given)
+    else:
+        plans = plan_sources(config)
+        folder = plans[0].folder.parent
+        if all(plan.done for plan in plans):
+            manifests = run_plans(plans, serial)
+        else:
+            from ray_jobs._session import ray_session
+
+            with ray_session():
+                manifests = run_plans(plans, on_ray_data)
+    print(f"sources in {folder}:\n{format_table(manifests)}", flush=True)
+    return EXIT_DONE
+
+
+def _builtin(config: PrepareConfig, given: dict[str, Any]) -> tuple[Path, list[Manifest]]:
+    if config.dst is not None:
+        return Path(config.dst), [prepare_builtin(config)]
+    ignored = sorted(given.keys() - {"src", "dst", "tokenizer"})
+    if ignored:
+        raise ConfigError(
+            f"{ignored[0]}={given[ignored[0]]}: without dst, the built-in corpus is made as training "
+            f"expects it (seed={BUILTIN_DEFAULTS.seed}, "
+            f"val_fraction={BUILTIN_DEFAULTS.val_fraction}, ...); remove the key or set dst"
+        )
+    folder = ensure_builtin(config.tokenizer)
+    return folder.parent, [Manifest.load(folder)]
+
+
+# ------------------------------------------------------------------ Ray Data
+
+
+def on_ray_data(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[Any]:
+    """`MapTasks` on Ray: one block and one Ray task per task; results as they come.
+
+    Errors meant for the user travel as values, so that they arrive as they were raised.
+    """
+    import ray
+
+    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for row in dataset.map(partial(_run_task, function)).iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, UserFacingError):
+            raise result
+        yield result
+
+
+def _run_task(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        result = function(pickle.loads(row["task"]))
+    except UserFacingError as error:
+        result = error
+    return {"result": pickle.dumps(result)}
+
+
+# ------------------------------------------------------------------ the table
+
+
+def format_table(manifests: Sequence[Manifest]) -> str:
+    """One line per source and split: documents, tokens, bytes of text, shards, bytes on disk."""
+    header = ("source", "split", "documents", "tokens", "text bytes", "shards", "file bytes")
+    rows = [header]
+    for manifest in manifests:
+        for name in ("train", "val"):
+            split = manifest.split(name)
+            numbers = [split.documents, split.tokens, split.text_bytes, len(split.shards)]
+            numbers.append(sum(s.size for s in split.shards))
+            rows.append((manifest.source, name, *[f"{n:,}" for n in numbers]))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(v.ljust(w) if i < 2 else v.rjust(w) for i, (v, w) in enumerate(zip(r, widths)))
+        for r in rows
+    ]
+    skipped = {m.source: m.skipped_documents for m in manifests if m.skipped_documents}
+    if skipped:
+        listed = ", ".join(f"{name}: {n:,}" for name, n in skipped.items())
+        lines.append(f"skipped, without text: {listed}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_job(PrepareConfig, prepare, what=WHAT, usage=USAGE)

@@ -1,0 +1,87 @@
+"""What defaults resolve to, which combinations are refused, and what a run may change."""
+
+from __future__ import annotations
+
+import pytest
+
+from modular_lm.config import TrainConfig, load_config, to_dict
+from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
+from modular_lm.errors import ConfigError
+
+BASE = ["steps=100", "optim.warmup=10", "data.seq_len=512", "model.module_seq_len=128"]
+
+
+def resolved(*args: str, vocab: int = 258) -> TrainConfig:
+    return resolve(load_config(TrainConfig, [*BASE, *args])[0], vocab)
+
+
+def test_all_defaults_become_values() -> None:
+    c = resolved("model.dim=96", "model.n_heads=6", "model.n_layers=9", "model.module_agg=mean")
+    m = c.model
+    assert (m.head_dim, m.n_kv_heads, m.module_n_layers, m.module_agg_dim) == (16, 6, 2, 24)
+    assert (m.module_agg, m.vocab_size, c.data.seed, c.dump_dir) == ("avg", 258, 42, "runs/debug")
+    assert m.module_sum_scale == 1 / 4
+
+
+def test_sum_scale_counts_chunks_and_summaries_of_training() -> None:
+    c = resolved("data.seq_len=500", "model.module_n_summary=4")
+    assert c.model.module_sum_scale == 1 / 16
+    assert resolved("model.module_seq_len=null").model.module_sum_scale == 1.0
+
+
+def test_weights_of_sources_are_normalised() -> None:
+    assert resolved("data.sources={a: 80, b: 20}").data.sources == {"a": 0.8, "b": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["model.dim=100", "model.n_heads=8"], "model.dim=100"),
+        (["model.n_heads=8", "model.n_kv_heads=3"], "model.n_kv_heads=3"),
+        (["model.dim=24", "model.n_heads=8"], "model.head_dim=3"),
+        (["model.module_n_summary=3"], "model.module_n_summary=3"),
+        (["model.module_agg=stack", "model.module_agg_dim=20"], "model.module_agg_dim=20"),
+        (["model.vocab_size=100"], "model.vocab_size=100"),
+        (["model.create_module_name=code"], "model.create_module_name=code"),
+        (["data.sources={}"], "data.sources="),
+        (["data.sources={a: 0}"], "data.sources.a=0"),
+        (["stop_at=101"], "stop_at=101"),
+        (["optim.warmup=101"], "optim.warmup=101"),
+    ],
+)
+def test_contradictions_name_the_key(arguments: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(*arguments)
+    assert str(caught.value).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warns"),
+    [
+        (["model.module_seq_len=512"], True),
+        (["model.module_seq_len=null"], True),
+        (["model.module_n_layers=8"], True),
+        (["model.module_seq_len=512", "model.module_agg=drop"], False),
+        ([], False),
+    ],
+)
+def test_warning_when_the_modular_part_cannot_act(arguments: list[str], warns: bool) -> None:
+    assert bool(warnings_of(resolved(*arguments))) is warns
+
+
+def test_global_batch_size() -> None:
+    assert global_batch_size(resolved("data.batch_size=4", "grad_acc_steps=3"), 2) == 24
+
+
+def test_a_run_may_change_its_optimizer_but_not_its_model_or_data() -> None:
+    old = to_dict(resolved())
+    refused, allowed = changes(old, resolved("optim.lr=1e-4", "stop_at=50"))
+    assert (refused, allowed) == ([], ["optim.lr: 0.0003 -> 0.0001"])
+    refused, _ = changes(old, resolved("model.dim=64", "data.sources={web: 1}"))
+    assert [line.split(":")[0] for line in refused] == [
+        "data.sources.builtin",
+        "data.sources.web",
+        "model.dim",
+        "model.head_dim",
+        "model.module_agg_dim",
+    ]

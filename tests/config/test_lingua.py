@@ -1,0 +1,82 @@
+"""A Meta Lingua YAML loads; what cannot be honoured is refused, what does not matter warned of."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from modular_lm.config import TrainConfig, load_config
+from modular_lm.errors import ConfigError
+
+# The keys of Lingua's own debug configuration, with other values.
+LINGUA = """
+dump_dir: /tmp/dump
+name: debug
+steps: 1000
+probe_freq: null
+seed: 777
+optim: {lr: 3e-4, weight_decay: 0.033, warmup: 500, lr_min_ratio: 0.000001, clip: 1.0}
+distributed:
+  fsdp_type: full_shard
+  compile: false
+  model_dtype: bf16
+  matmul_allow_tf32: false
+  selective_activation_checkpointing: false
+  tp_size: 1
+model: {dim: 1024, n_layers: 8, n_heads: 8}
+data:
+  root_dir: data/shuffled
+  sources: {fineweb_edu_10bt_shuffled: 100.0}
+  batch_size: 32
+  prefetch_size: 1024
+  seq_len: 1024
+  n_views: 2
+  load_async: true
+  add_bos: true
+  add_eos: true
+  tokenizer: {name: tiktoken, path: tokenizers/llama3.model}
+profiling: {run: true}
+checkpoint:
+  dump: {every: 100, keep: 1}
+  eval: {every: 100, keep: 1}
+logging: {freq: 10}
+eval:
+  harness: {tasks: [hellaswag]}
+  generator: {max_tokens: 4096}
+  validation: {max_steps: 100}
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "lingua.yaml"
+    file.write_text(text)
+    return f"config={file}"
+
+
+def test_a_lingua_config_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config, _ = load_config(TrainConfig, [write(tmp_path, LINGUA)])
+    assert (config.model.dim, config.data.tokenizer.name, config.checkpoint.dump.every) == (
+        1024,
+        "tiktoken",
+        100,
+    )
+    for ignored in ("data.load_async", "data.n_views", "data.prefetch_size", "profiling"):
+        assert f"{ignored} is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("distributed: {tp_size: 2}", "distributed.tp_size=2"),
+        ("model: {sliding_window: 128}", "model.sliding_window=128"),
+        ("checkpoint: {init_ckpt_path: /x}", "checkpoint.init_ckpt_path=/x"),
+        ("model: {n_future_head: 4}", "model.n_future_head=4"),
+    ],
+)
+def test_what_would_train_something_else_is_refused(tmp_path: Path, part: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, [write(tmp_path, part)])
+    assert str(caught.value).startswith(key)

@@ -1,0 +1,298 @@
+"""What makes the modular body a language model, and a dense one in the limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modular_lm.config.schema import ModelConfig
+from modular_lm.model.flops import state_elements
+from modular_lm.model.lm import LanguageModel
+from modular_lm.model.modular import State
+from modular_lm.model.sizes import sizes_of
+
+from .tiny_models import (
+    MODES,
+    READING_MODES,
+    VOCAB,
+    model_keys,
+    some_tokens,
+    tiny_config,
+    tiny_model,
+)
+
+TIGHT = {"rtol": 0.0, "atol": 1e-11}
+
+
+def dense(weights: dict[str, torch.Tensor], config: ModelConfig, tokens: torch.Tensor) -> Any:
+    """Llama, written down once more as plain functions of a state dict."""
+    z = sizes_of(config)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.rms_norm(x, (z.dim,), weights[f"{name}.weight"], config.norm_eps)
+
+    def times(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ weights[f"{name}.weight"].T
+
+    frequency = config.rope_theta ** -(torch.arange(0, z.head_dim, 2).double() / z.head_dim)
+    angle = torch.arange(tokens.shape[1]).double()[:, None, None] * frequency
+    cos, sin = (f(angle).to(weights["norm.weight"].dtype) for f in (torch.cos, torch.sin))
+
+    def rope(x: torch.Tensor) -> torch.Tensor:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+    h = weights["tok_embeddings.weight"][tokens]
+    for i in range(z.n_layers):
+        at = f"layers.{i}"
+        x = norm(h, f"{at}.attention_norm")
+        q, k, v = (times(x, f"{at}.attention.w{n}").unflatten(-1, (-1, z.head_dim)) for n in "qkv")
+        q, k, v = rope(q).transpose(1, 2), rope(k).transpose(1, 2), v.transpose(1, 2)
+        k, v = (x.repeat_interleave(z.n_heads // z.n_kv_heads, dim=1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + times(y.transpose(1, 2).flatten(-2), f"{at}.attention.wo")
+        x = norm(h, f"{at}.ffn_norm")
+        gate = F.silu(times(x, f"{at}.feed_forward.w1"))
+        h = h + times(gate * times(x, f"{at}.feed_forward.w3"), f"{at}.feed_forward.w2")
+    return times(norm(h, "norm"), "tok_embeddings" if config.weight_tying else "output")
+
+
+def with_keys(model: LanguageModel, **keys: Any) -> LanguageModel:
+    """The same weights under other keys that change no parameter."""
+    other = LanguageModel(dataclasses.replace(model.config, **keys))
+    other.to(model.tok_embeddings.weight.dtype).load_state_dict(model.state_dict())
+    return other
+
+
+# The dense limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(keys=model_keys(), length=st.integers(1, 20), longer=st.integers(0, 5))
+@settings(deadline=None, max_examples=20)
+def test_one_chunk_is_the_dense_transformer_to_the_bit(
+    dtype: torch.dtype, keys: dict[str, Any], length: int, longer: int
+) -> None:
+    m = keys["module_n_summary"]
+    keys["module_seq_len"] = m * (-(-length // m) + longer)
+    model = tiny_model(dtype, **keys)
+    tokens = some_tokens(2, length)
+    logits = model(tokens)
+    assert torch.equal(logits, dense(dict(model.state_dict()), model.config, tokens))
+    assert torch.equal(logits, with_keys(model, module_seq_len=None)(tokens))
+
+
+def test_sites_of_a_single_chunk_get_no_gradient() -> None:
+    model = tiny_model(module_agg="stack", module_seq_len=8)
+    model(some_tokens(2, 8), some_tokens(2, 8, seed=1)).sum().backward()
+    assert len(list(model.aggs.parameters())) > 0
+    assert all(p.grad is None for p in model.aggs.parameters())
+    assert all(p.grad is not None for p in model.layers.parameters())
+
+
+@given(keys=model_keys(modes=("drop",)), length=st.integers(2, 24))
+@settings(deadline=None, max_examples=20)
+def test_drop_is_the_dense_model_on_each_chunk(keys: dict[str, Any], length: int) -> None:
+    model = tiny_model(**keys)
+    tokens = some_tokens(2, length)
+    alone = with_keys(model, module_seq_len=None)
+    expected = torch.cat([alone(c) for c in tokens.split(keys["module_seq_len"], dim=1)], dim=1)
+    torch.testing.assert_close(model(tokens), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("mode", READING_MODES)
+def test_every_mode_starts_as_drop(mode: str) -> None:
+    tokens = some_tokens(2, 14)
+    drop = tiny_model(torch.float32, module_agg="drop", module_seq_len=4)
+    model = tiny_model(torch.float32, reading=False, module_agg=mode, module_seq_len=4)
+    assert torch.equal(model(tokens), drop(tokens))
+
+
+# Causality
+
+
+@given(keys=model_keys(), length=st.integers(2, 24), data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_later_tokens_change_no_bit_of_earlier_logits(
+    keys: dict[str, Any], length: int, data: st.DataObject
+) -> None:
+    model = tiny_model(torch.float32, **keys)
+    at = data.draw(st.integers(1, length - 1))
+    tokens = some_tokens(2, length)
+    other = tokens.clone()
+    other[:, at:] = (other[:, at:] + 1 + some_tokens(2, length - at, seed=1) % 20) % VOCAB
+    before, after = model(tokens), model(other)
+    assert torch.equal(before[:, :at], after[:, :at])
+    assert not torch.equal(before[:, at], after[:, at])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("m", "pool"), [(1, "mean"), (2, "mean"), (2, "last")])
+def test_a_token_depends_on_what_it_may_see_and_nothing_else(mode: str, m: int, pool: str) -> None:
+    """The gradient of position t reaches the embedding at j iff j <= t and, with `drop`, j lies
+    in t's chunk. All tokens differ, so a row of the table is a position."""
+    length, chunk = 14, 4
+    model = tiny_model(module_agg=mode, module_seq_len=chunk, module_n_summary=m, module_pool=pool)
+    tokens = torch.arange(length)[None]
+    logits = model(tokens)
+    readout = torch.randn(VOCAB, dtype=logits.dtype, generator=torch.Generator().manual_seed(0))
+    reached = []
+    for t in range(length):
+        (grad,) = torch.autograd.grad(
+            logits[0, t] @ readout, model.tok_embeddings.weight, retain_graph=True
+        )
+        reached.append((grad[:length] != 0).any(-1))
+    j, t = torch.arange(length), torch.arange(length)[:, None]
+    allowed = (j <= t) & ((j // chunk == t // chunk) | (mode != "drop"))
+    assert torch.equal(torch.stack(reached), allowed)
+
+
+@given(keys=model_keys(), length=st.integers(1, 24))
+@settings(deadline=None, max_examples=8)
+def test_logits_of_a_prefix_do_not_depend_on_how_long_the_input_is(
+    keys: dict[str, Any], length: int
+) -> None:
+    """At every length: so padding to whole chunks, and right-padded batches, are harmless."""
+    model = tiny_model(**keys)
+    tokens = some_tokens(1, length)
+    whole = model(tokens)
+    for n in range(1, length):
+        torch.testing.assert_close(model(tokens[:, :n]), whole[:, :n], **TIGHT)
+
+
+def test_rows_of_a_batch_do_not_mix() -> None:
+    for mode in MODES:
+        model = tiny_model(module_agg=mode, module_seq_len=4)
+        tokens = some_tokens(3, 14)
+        for row in range(3):
+            alone = model(tokens[row : row + 1])
+            torch.testing.assert_close(model(tokens)[row : row + 1], alone, **TIGHT)
+
+
+# Decoding
+
+
+def extend_in_pieces(
+    model: LanguageModel, tokens: torch.Tensor, borders: list[int]
+) -> tuple[torch.Tensor, State]:
+    state, outputs = model.init_state(tokens.shape[0]), []
+    for start, end in itertools.pairwise(borders):
+        logits, state = model.extend(tokens[:, start:end], state)
+        outputs.append(logits)
+    return torch.cat(outputs, dim=1), state
+
+
+@given(
+    keys=model_keys(),
+    chunked=st.integers(0, 4),
+    length=st.integers(1, 30),
+    cuts=st.lists(st.integers(1, 29), max_size=6),
+)
+@settings(deadline=None, max_examples=50)
+def test_any_split_of_the_input_gives_the_parallel_logits(
+    keys: dict[str, Any], chunked: int, length: int, cuts: list[int]
+) -> None:
+    if not chunked:
+        keys["module_seq_len"] = None
+    model = tiny_model(**keys)
+    tokens = some_tokens(2, length)
+    borders = sorted({0, length, *(c for c in cuts if c < length)})
+    logits, state = extend_in_pieces(model, tokens, borders)
+    torch.testing.assert_close(logits, model(tokens), **TIGHT)
+    assert state.t == length
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_token_at_a_time(mode: str) -> None:
+    model = tiny_model(module_agg=mode, module_seq_len=4, module_n_summary=2)
+    tokens = some_tokens(2, 19)
+    logits, _ = extend_in_pieces(model, tokens, list(range(20)))
+    torch.testing.assert_close(logits, model(tokens), **TIGHT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_is_a_value_that_can_be_continued_twice(mode: str) -> None:
+    model = tiny_model(module_agg=mode, module_seq_len=4)
+    tokens = some_tokens(1, 11)
+    _, state = model.extend(tokens[:, :7], model.init_state(1))
+    model.extend(some_tokens(1, 9, seed=5), state)
+    logits, _ = model.extend(tokens[:, 7:], state)
+    torch.testing.assert_close(logits, model(tokens)[:, 7:], **TIGHT)
+
+
+def elements(state: State) -> int:
+    caches = [x for cache in state.layers for x in (cache.k, cache.v)]
+    sites = [x for site in state.sites for x in (site.pooled, *site.memory)]
+    return sum(x.numel() for x in caches + sites)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk", [4, None])
+def test_the_state_has_the_stated_size_and_caches_end_with_the_chunk(
+    mode: str, chunk: int | None
+) -> None:
+    model = tiny_model(
+        module_agg=mode, module_seq_len=chunk, module_n_summary=2, module_agg_dim=8, n_kv_heads=1
+    )
+    state, fullest = model.init_state(1), 0
+    tokens = some_tokens(1, 18)
+    for t in range(1, 19):
+        _, state = model.extend(tokens[:, t - 1 : t], state)
+        fullest = max(fullest, elements(state))
+        bound = state_elements(model.config, t)
+        if chunk is None or t <= chunk or t % chunk == 0:
+            assert elements(state) == bound
+        assert elements(state) <= fullest <= bound
+        assert max(cache.k.shape[1] for cache in state.layers) <= (chunk or t)
+
+
+def test_sums_are_kept_in_fp32_beside_a_bf16_cache() -> None:
+    model = tiny_model(torch.bfloat16, module_agg="avg", module_seq_len=4)
+    _, state = model.extend(some_tokens(1, 6), model.init_state(1))
+    assert {cache.k.dtype for cache in state.layers} == {torch.bfloat16}
+    assert {x.dtype for s in state.sites for x in (s.pooled, *s.memory)} == {torch.float32}
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_do_not_depend_on_the_chunk_length(mode: str) -> None:
+    shapes = [
+        {n: p.shape for n, p in LanguageModel(tiny_config(**keys)).named_parameters()}
+        for keys in (
+            {"module_agg": mode, "module_seq_len": chunk, "module_n_summary": 2}
+            for chunk in (None, 2, 64)
+        )
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_the_trunk_has_the_names_of_meta_and_nothing_is_a_buffer() -> None:
+    model = tiny_model(module_agg="stack", n_layers=2, module_n_layers=1)
+    layer = [f"attention.w{n}" for n in "qkvo"] + [f"feed_forward.w{n}" for n in "123"]
+    layer += ["attention_norm", "ffn_norm"]
+    site = ["norm", "query_norm", "wq", "wk", "wv", "wo"]
+    names = ["tok_embeddings", "norm", "output", *(f"aggs.0.{n}" for n in site)]
+    names += [f"layers.{i}.{n}" for i in range(2) for n in layer]
+    assert {n for n, _ in model.named_parameters()} == {f"{n}.weight" for n in names}
+    assert list(model.buffers()) == []
+
+
+def test_a_dense_checkpoint_behaves_as_drop_in_any_mode() -> None:
+    dense_model = tiny_model(module_agg="drop")
+    tokens = some_tokens(1, 12)
+    drop = with_keys(dense_model, module_seq_len=4)
+    for mode in READING_MODES:
+        model = tiny_model(reading=False, seed=1, module_agg=mode, module_seq_len=4)
+        missing, unexpected = model.load_state_dict(dense_model.state_dict(), strict=False)
+        assert unexpected == []
+        assert {name.split(".")[0] for name in missing} == {"aggs"}
+        assert torch.equal(model(tokens), drop(tokens))

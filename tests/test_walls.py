@@ -1,0 +1,83 @@
+"""Imports point one way, and the library does not need what only some of its users need."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+HEAVY = ("ray", "mlflow", "xformers", "lm_eval")
+
+
+def imported(file: Path, *, top_level_only: bool) -> Iterator[str]:
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module or ""
+
+
+def offenders(part: str, banned: tuple[str, ...], *, top_level_only: bool = False) -> list[str]:
+    found = []
+    files = sorted((REPO / part).rglob("*.py")) or [REPO / f"{part}.py"]
+    for file in files:
+        for name in imported(file, top_level_only=top_level_only):
+            if any(name == b or name.startswith(f"{b}.") for b in banned):
+                found.append(f"{file.relative_to(REPO)}: {name}")
+    return found
+
+
+def library(*parts: str) -> tuple[str, ...]:
+    return tuple(f"modular_lm.{p}" for p in parts)
+
+
+def test_the_library_loads_heavy_packages_only_where_used() -> None:
+    assert offenders("modular_lm", HEAVY, top_level_only=True) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "banned"),
+    [
+        ("modular_lm", ("ray_jobs", "cluster", "ray")),
+        ("modular_lm/config", ("torch", *library("data", "model", "train", "eval", "tracking"))),
+        ("modular_lm/model", library("data", "train", "eval", "tracking", "generate", "tokenizer")),
+        ("modular_lm/data", ("torch", *library("model", "train", "eval", "tracking", "generate"))),
+        ("modular_lm/tracking", ("torch", *library("data", "model", "train", "eval"))),
+        ("modular_lm/eval", library("train", "tracking", "generate")),
+        ("modular_lm/generate", library("data", "train", "eval", "tracking")),
+        ("ray_jobs", ("cluster",)),
+    ],
+)
+def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
+    assert offenders(part, banned) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "banned"),
+    [
+        ("modular_lm.config", ("torch", "numpy", *HEAVY)),
+        ("modular_lm.train.run", ("torch", *HEAVY)),
+        ("modular_lm.train.dry_run", ("torch", *HEAVY)),
+        ("modular_lm.train.driver", ("torch", *HEAVY)),
+        ("modular_lm.train.worker", HEAVY),
+        ("ray_jobs.train", ("torch", *HEAVY)),
+        ("ray_jobs.prepare", ("torch", *HEAVY)),
+        ("ray_jobs.generate", ("torch", *HEAVY)),
+    ],
+)
+def test_mistakes_are_answered_before_anything_heavy_is_loaded(
+    module: str, banned: tuple[str, ...]
+) -> None:
+    code = f"import sys, {module}; print([m for m in {banned!r} if m in sys.modules])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert shown.stdout.strip() == "[]"
