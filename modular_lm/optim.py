@@ -20,6 +20,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim >= 2 and not name.startswith("tok_embeddings.")
         (decayed if is_matrix else plain).append(parameter)
     on_gpu = all(p.device.type == "cuda" for p in decayed)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from modular_lm.config.schema import DistributedConfig, ModelConfig
+from modular_lm.config.schema import DistributedConfig, TrainConfig
 from modular_lm.errors import EXIT_FAILED, AgreedError, UserFacingError, reason
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
@@ -100,19 +100,21 @@ def init_world() -> World:
     return World(dist.get_rank(), size, device, mesh, control)
 
 
-def build_model(
-    model_config: ModelConfig, config: DistributedConfig, world: World, seed: int
-) -> LanguageModel:
-    """A sharded model with its initial weights, which depend on `seed` and nothing else here.
+def build_model(config: TrainConfig, world: World) -> LanguageModel:
+    """A sharded model with its initial weights, which depend on `seed` and the parameters' names.
 
     Built without memory on the meta device and materialised shard by shard, so that no rank ever
     holds the whole model.
     """
     with torch.device("meta"):
-        model = LanguageModel(model_config)
-    shard(model, config, world.mesh)
+        model = LanguageModel(config.model)
+    if (config.model.module_seq_len or config.data.seq_len) >= config.data.seq_len:
+        # With one chunk a sample no aggregation runs: such weights get no gradients, and the
+        # optimizer must not wait for any.
+        model.aggs.requires_grad_(False)
+    shard(model, config.distributed, world.mesh)
     model.to_empty(device=world.device)
-    init_weights(model, seed)
+    init_weights(model, config.seed)
     return model
 
 

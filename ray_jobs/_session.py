@@ -9,12 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
-from modular_lm.errors import RunFailedError
+from modular_lm.errors import RunFailedError, reason
 
 # Logical CPUs beside those of the training workers: tasks of Ray Data, validation, the driver.
 SPARE_CPUS = 2
+
+_DEFAULTS = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
+    "RAY_DATA_LOG_LEVEL": "WARNING",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+}
 
 
 @contextlib.contextmanager
@@ -31,15 +40,17 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+            _join()
         else:
             _start(num_cpus or max(4, os.cpu_count() or 1))
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = os.environ.get("RAY_ADDRESS", "a new one on this machine")
-        reason = " ".join(str(error).split())
-        raise RunFailedError(f"no Ray session (RAY_ADDRESS: {where}): {reason}") from error
+        raise RunFailedError(f"no Ray session (RAY_ADDRESS: {where}): {reason(error)}") from error
+    # Ray makes SIGTERM end the process at once; the caller may have had other plans.
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -48,22 +59,30 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 def _environment() -> None:
     """Settings that Ray reads at import or passes to its workers; the user's own values win."""
-    defaults = {
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    }
-    for name, value in defaults.items():
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
+def _join() -> None:
+    import ray
+
+    # A cluster's processes do not inherit the environment of a driver that joins it.
+    passed = {n: v for n, v in os.environ.items() if n in _DEFAULTS or n.startswith("MODULAR_LM_")}
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": passed})
+
+
 def _start(num_cpus: int) -> None:
+    # Nobody takes nodes away from a Ray of our own.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Says on every start that Ray made itself a token.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
 
     ray.init(
         num_cpus=num_cpus,
-        include_dashboard=False,
+        # Ray Train asks it who is alive; without it placement groups of killed runs stay.
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
         log_to_driver=True,
         logging_level=logging.WARNING,
         _system_config={

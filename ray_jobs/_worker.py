@@ -27,7 +27,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     setup_logging(rank, run.folder.log_file(rank))
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     shard: Any = ray.train.get_dataset_shard(DATASET)
     steps = deliveries_to_steps(
         shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1),

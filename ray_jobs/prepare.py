@@ -7,7 +7,7 @@ prepared in this process.
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,9 +17,10 @@ from typing import Any
 from modular_lm.cli import run_job
 from modular_lm.config import PrepareConfig
 from modular_lm.data.builtin import BUILTIN, BUILTIN_DEFAULTS, ensure_builtin, prepare_builtin
-from modular_lm.data.manifest import Manifest
+from modular_lm.data.manifest import SPLITS, Manifest
 from modular_lm.data.prepare import plan_sources, run_plans, serial
 from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
+from modular_lm.tokenizer import build_tokenizer
 
 WHAT = "Turn documents (parquet, jsonl, jsonl.gz, jsonl.zst) into shuffled token shards."
 USAGE = "python -m ray_jobs.prepare src=TEXT dst=SHARDS tokenizer.name=sp tokenizer.path=MODEL"
@@ -44,14 +45,14 @@ def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
 
 
 def _builtin(config: PrepareConfig, given: dict[str, Any]) -> tuple[Path, list[Manifest]]:
+    build_tokenizer(config.tokenizer, key="tokenizer")
     if config.dst is not None:
         return Path(config.dst), [prepare_builtin(config)]
-    ignored = sorted(given.keys() - {"src", "dst", "tokenizer"})
-    if ignored:
+    for key in sorted(given.keys() - {"src", "dst", "tokenizer"}):
+        default = getattr(BUILTIN_DEFAULTS, key)
         raise ConfigError(
-            f"{ignored[0]}={given[ignored[0]]}: without dst, the built-in corpus is made as training "
-            f"expects it (seed={BUILTIN_DEFAULTS.seed}, "
-            f"val_fraction={BUILTIN_DEFAULTS.val_fraction}, ...); remove the key or set dst"
+            f"{key}={given[key]}: without dst, the built-in corpus is made as training looks for "
+            f"it ({key}={default}); remove the key or set dst"
         )
     folder = ensure_builtin(config.tokenizer)
     return folder.parent, [Manifest.load(folder)]
@@ -65,8 +66,9 @@ def on_ray_data(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterabl
 
     Errors meant for the user travel as values, so that they arrive as they were raised.
     """
-    import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # our progress lines say it all
     rows = [{"task": pickle.dumps(task)} for task in tasks]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for row in dataset.map(partial(_run_task, function)).iter_rows():
@@ -89,18 +91,18 @@ def _run_task(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, 
 
 def format_table(manifests: Sequence[Manifest]) -> str:
     """One line per source and split: documents, tokens, bytes of text, shards, bytes on disk."""
-    header = ("source", "split", "documents", "tokens", "text bytes", "shards", "file bytes")
-    rows = [header]
+    rows = [["source", "split", "documents", "tokens", "text bytes", "shards", "file bytes"]]
     for manifest in manifests:
-        for name in ("train", "val"):
+        for name in SPLITS:
             split = manifest.split(name)
             numbers = [split.documents, split.tokens, split.text_bytes, len(split.shards)]
             numbers.append(sum(s.size for s in split.shards))
-            rows.append((manifest.source, name, *[f"{n:,}" for n in numbers]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+            rows.append([manifest.source, name, *[f"{n:,}" for n in numbers]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(v.ljust(w) if i < 2 else v.rjust(w) for i, (v, w) in enumerate(zip(r, widths)))
-        for r in rows
+        f"{source:<{widths[0]}}  {split:<{widths[1]}}  "
+        + "  ".join(n.rjust(w) for n, w in zip(numbers, widths[2:], strict=True))
+        for source, split, *numbers in rows
     ]
     skipped = {m.source: m.skipped_documents for m in manifests if m.skipped_documents}
     if skipped:

@@ -96,7 +96,7 @@ def test_temperature_sharpens() -> None:
     assert set(draws(LOGITS, 50, temperature=1e-300)) == {1}
 
 
-@pytest.mark.parametrize(("k", "kept"), [(1, {1}), (2, {1, 4}), (3, {1, 4, 2}), (9, set(range(5)))])
+@pytest.mark.parametrize(("k", "kept"), [(1, {1}), (2, {1, 4}), (3, {1, 4, 2}), (9, {*range(5)})])
 def test_top_k_keeps_the_k_most_likely(k: int, kept: set[int]) -> None:
     assert set(draws(LOGITS, temperature=1.0, top_k=k)) == kept
 
@@ -109,7 +109,7 @@ def test_top_k_keeps_the_k_most_likely(k: int, kept: set[int]) -> None:
         (0.41, {1, 4}),
         (0.69, {1, 4}),
         (0.71, {1, 4, 2}),
-        (1.0, set(range(5))),
+        (1.0, {*range(5)}),
     ],
 )
 def test_top_p_keeps_the_fewest_that_hold_p(p: float, kept: set[int]) -> None:

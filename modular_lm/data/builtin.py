@@ -110,10 +110,9 @@ def _cache() -> Path:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        Manifest.load(folder).check_sizes(folder)
+        return Manifest.load(folder).is_whole(folder)
     except DataError:
         return False
-    return True
 
 
 @contextlib.contextmanager

@@ -173,7 +173,7 @@ def _json_text(file: Path, number: int, line: bytes) -> str:
         raise DataError(f"{file}:{number}: no key `text` or `content`, only {', '.join(record)}")
     text = record[key]
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{file}:{number}: `{key}` holds a {type(text).__name__}, expected text")
+        raise DataError(f"{file}:{number}: `{key}` holds {type(text).__name__}, expected text")
     return well_formed(text or "")
 
 

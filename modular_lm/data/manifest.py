@@ -23,6 +23,8 @@ FORMAT = "modular-lm token shards"
 VERSION = 1
 FILE = "manifest.json"
 SPLITS = ("train", "val")
+_AGAIN = "remove the folder and prepare the source again"
+_REPLACE = "prepare the source again with overwrite=true"
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ class Manifest:
                 f"python -m ray_jobs.prepare src=TEXT dst={folder.parent}"
             ) from error
         except ValueError as error:
-            raise DataError(f"{file}: damaged ({error}); prepare the source again") from error
+            raise DataError(f"{file}: damaged ({error}); {_AGAIN}") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise DataError(f"{file}: not a manifest of {FORMAT}")
         version = values.pop("version", None)
         if version != VERSION:
             raise DataError(
-                f"{file}: format version {version}, this program reads {VERSION}; "
-                "prepare the source again or use the program that wrote it"
+                f"{file}: format version {version}, this program reads {VERSION}; {_AGAIN}, "
+                "or use the program that wrote it"
             )
         return _from_json(file, values)
 
@@ -167,17 +169,24 @@ class Manifest:
             for shard in self.split(name).shards:
                 check_size(folder / shard.file, shard.size)
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether `check_sizes` finds nothing wrong."""
+        try:
+            self.check_sizes(folder)
+        except DataError:
+            return False
+        return True
+
 
 def check_size(file: Path, size: int) -> None:
     """Raise DataError unless `file` has `size` bytes."""
     try:
         found = file.stat().st_size
     except FileNotFoundError as error:
-        raise DataError(f"{file}: named in {FILE} but missing; prepare the source again") from error
+        raise DataError(f"{file}: named in {FILE} but missing; {_REPLACE}") from error
     if found != size:
         raise DataError(
-            f"{file}: has {found:,} bytes, {FILE} says {size:,}: cut short or replaced; "
-            "prepare the source again"
+            f"{file}: has {found:,} bytes, {FILE} says {size:,}: cut short or replaced; {_REPLACE}"
         )
 
 
@@ -201,8 +210,10 @@ def _from_json(file: Path, values: dict[str, Any]) -> Manifest:
         values["inputs"] = tuple(InputFile(**i) for i in values["inputs"])
         manifest = Manifest(**values)
     except (TypeError, KeyError) as error:
-        raise DataError(f"{file}: damaged ({error}); prepare the source again") from error
+        raise DataError(f"{file}: damaged ({error}); {_AGAIN}") from error
     for name in SPLITS:
         if Split.of(manifest.split(name).shards) != manifest.split(name):
-            raise DataError(f"{file}: damaged: totals of {name} are not the sums of its shards")
+            raise DataError(
+                f"{file}: damaged: totals of {name} are not the sums of its shards; {_AGAIN}"
+            )
     return manifest

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from modular_lm.config.schema import PrepareConfig
 from modular_lm.data.documents import Slice, Source, find_sources, split_file
 from modular_lm.data.manifest import (
+    FILE,
     SPLITS,
     InputFile,
     Manifest,
@@ -108,6 +109,8 @@ def _plan_source(
     done = _already_prepared(folder, config.overwrite, settings, inputs, tokenizer)
     files = () if done else source.files
     slices = tuple(part for file in files for part in split_file(file, SLICE_BYTES))
+    if not done and not slices:
+        raise DataError(f"src: the files of source {source.name} hold no documents")
     return SourcePlan(source.name, folder, slices, inputs, settings, tokenizer, done)
 
 
@@ -124,29 +127,23 @@ def _already_prepared(
     """
     if not folder.exists():
         return None
-    try:
-        manifest = Manifest.load(folder)
-    except DataError as error:
-        raise DataError(
-            f"dst: {folder} exists; remove it or choose another dst: {error}"
-        ) from error
+    if not (folder / FILE).exists():
+        raise DataError(f"dst: {folder} exists and is no prepared source; choose another dst")
+    manifest = Manifest.load(folder)
     before = {**asdict(manifest.settings), "tokenizer": manifest.tokenizer.content_hash[:12]}
     now = {**asdict(settings), "tokenizer": tokenizer.content_hash[:12]}
     changed = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
     if manifest.inputs != inputs:
         changed.append(f"files of src: {_total(manifest.inputs)} -> {_total(inputs)}")
-    try:
-        manifest.check_sizes(folder)
-    except DataError as error:
-        changed.append(str(error))
-    if not changed:
-        return manifest
     if overwrite:
-        return None
-    raise DataError(
-        f"dst: {folder} is already prepared, and differently: {'; '.join(changed)}; "
-        "set overwrite=true to replace it, or choose another dst"
-    )
+        return None if changed or not manifest.is_whole(folder) else manifest
+    if changed:
+        raise DataError(
+            f"dst: {folder} is already prepared, and differently: {'; '.join(changed)}; "
+            "set overwrite=true to replace it, or choose another dst"
+        )
+    manifest.check_sizes(folder)
+    return manifest
 
 
 def _total(inputs: tuple[InputFile, ...]) -> str:
@@ -194,12 +191,13 @@ def _run_plan(plan: SourcePlan, map_tasks: MapTasks) -> Manifest:
 def _tokenise_all(plan: SourcePlan, recipe: Recipe, map_tasks: MapTasks) -> list[SliceResult]:
     """Pass 1; the results in the order of the input."""
     tasks = [SliceTask(number, part) for number, part in enumerate(plan.slices)]
-    progress = _Progress(plan.name, "tokenised", "parts", sum(t.part.size for t in tasks))
+    progress = _Progress(
+        f"{plan.name}: tokenised part", len(tasks), sum(t.part.size for t in tasks)
+    )
     results: list[SliceResult] = []
     for result in map_tasks(partial(tokenise, recipe), tasks):
         results.append(result)
         progress.add(result.size, documents=result.documents, tokens=result.tokens)
-    progress.end()
     if not any(r.documents for r in results):
         raise DataError(f"src: no document of source {plan.name} has any text")
     return sorted(results, key=lambda r: r.number)
@@ -212,14 +210,13 @@ def _write_all(
     runs = {split: [run for r in results for run in r.runs[split]] for split in SPLITS}
     counts = _shard_counts(plan.settings, sum(r.text_bytes for r in results))
     tasks = [ShardTask(s, number, counts[s]) for s in SPLITS for number in range(counts[s])]
-    progress = _Progress(plan.name, "wrote", "shards", len(tasks))
+    progress = _Progress(f"{plan.name}: wrote shard", len(tasks), len(tasks))
     shards: list[ShardInfo] = []
     for shard in map_tasks(partial(write_shard, recipe, runs), tasks):
         progress.add(1)
         if shard is not None:
             shards.append(shard)
-    progress.end()
-    return sorted(shards, key=lambda s: s.file)
+    return sorted(shards, key=lambda s: (len(s.file), s.file))  # also beyond shard 99999
 
 
 def _shard_counts(settings: Settings, text_bytes: int) -> dict[str, int]:
@@ -249,12 +246,12 @@ def _manifest(plan: SourcePlan, results: list[SliceResult], shards: list[ShardIn
 def _publish(work: Path, folder: Path) -> None:
     """Put the finished source in its place; the one it replaces goes last."""
     replaced = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     work.rename(folder)
     sync_folder(folder.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_if_empty(folders: Iterable[Path]) -> None:
@@ -264,36 +261,35 @@ def _remove_if_empty(folders: Iterable[Path]) -> None:
 
 
 class _Progress:
-    """Logs a line every few seconds: how much is done, how fast, and how long it will take.
+    """Logs a line every few seconds and at the end: how much is done, how fast, how long it takes.
 
-    total: what the amounts given to `add` sum to at the end.
+    tasks: how many there are; total: what the amounts given to `add` sum to.
     """
 
-    def __init__(self, source: str, verb: str, unit: str, total: int) -> None:
-        self._what, self._unit, self._total = f"prepare {source}: {verb}", unit, total
-        self._amount = self._count = self._documents = self._tokens = 0
+    def __init__(self, what: str, tasks: int, total: int) -> None:
+        self._what, self._tasks, self._total = what, tasks, total
+        self._done = self._amount = self._documents = self._tokens = 0
         self._start = self._logged = time.monotonic()
 
     def add(self, amount: int, *, documents: int = 0, tokens: int = 0) -> None:
+        self._done += 1
         self._amount += amount
-        self._count += 1
         self._documents += documents
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._logged >= _LOG_SECONDS:
+        last = self._done == self._tasks
+        if last or now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            left = (now - self._start) * (self._total / max(1, self._amount) - 1)
-            self._log(f"{self._amount / max(1, self._total):.0%}, {left:.0f} s left")
+            self._log(now - self._start, last)
 
-    def end(self) -> None:
-        self._log("all")
-
-    def _log(self, how_far: str) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        text = f"{self._what} {self._count:,} {self._unit} ({how_far}) in {seconds:.1f} s"
+    def _log(self, seconds: float, last: bool) -> None:
+        text = f"prepare {self._what} {self._done:,}/{self._tasks:,} in {seconds:.1f} s"
         if self._documents:
             text += (
                 f", {self._documents:,} documents ({self._documents / seconds:,.0f}/s), "
                 f"{self._tokens:,} tokens ({self._tokens / seconds:,.0f}/s)"
             )
+        if not last:
+            left = seconds * (self._total / max(1, self._amount) - 1)
+            text += f", {left:.0f} s left"
         log.info(text)

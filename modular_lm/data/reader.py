@@ -25,7 +25,7 @@ from modular_lm.data.shards import ShardFile, token_dtype
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.tokenizer import Tokenizer
 
-_MAX_OPEN = 64
+_MAX_OPEN = 128
 
 
 class SourceReader:
@@ -41,6 +41,7 @@ class SourceReader:
         self._split = self.manifest.split(split)
         self._dtype = token_dtype(self.manifest.dtype)
         self._ends = np.cumsum([s.tokens for s in self._split.shards], dtype=np.int64)
+        self._bounds = [0, *self._ends.tolist()]
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -67,21 +68,25 @@ class SourceReader:
         if len(positions) and not (positions.min() >= 0 and positions.max() < n_windows):
             raise IndexError(f"{self.folder}: positions outside of 0..{n_windows - 1}")
         out = np.empty((len(positions), seq_len + 1), self._dtype)
+        data, width = _raw(out), (seq_len + 1) * self._dtype.itemsize
         # In the order of the stream, so that each shard is opened once and read forwards.
-        for i in np.argsort(positions, kind="stable"):
-            self._read(int(positions[i]) * seq_len, out[i])
+        order = np.argsort(positions, kind="stable")
+        starts = positions[order] * seq_len
+        shards = np.searchsorted(self._ends, starts, side="right")
+        for row, start, shard in zip(order.tolist(), starts.tolist(), shards.tolist(), strict=True):
+            self._read(shard, start, data[row * width : (row + 1) * width])
         return out
 
     def documents(self, max_docs: int | None = None) -> Iterator[npt.NDArray[np.integer[Any]]]:
         """Whole documents in the order of the stream, the first `max_docs` or all: [n] tokens."""
         left = self.n_documents if max_docs is None else min(max_docs, self.n_documents)
         for number, shard in enumerate(self._split.shards):
-            for start, stop in _bounds(self._shard(number), shard.tokens):
+            for start, stop in _documents(self._shard(number), shard.tokens):
                 if left <= 0:
                     return
                 left -= 1
                 out = np.empty(stop - start, self._dtype)
-                self._shard(number).read_into(start, out)
+                self._shard(number).read_into(start, _raw(out))
                 yield out
 
     def verify(self) -> None:
@@ -89,15 +94,15 @@ class SourceReader:
         for number in range(len(self._split.shards)):
             self._shard(number).verify()
 
-    def _read(self, start: int, out: npt.NDArray[np.integer[Any]]) -> None:
-        """Fill `out` with the tokens from position `start` of the split."""
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        filled = 0
-        while filled < len(out):
-            n = min(len(out) - filled, int(self._ends[shard]) - start - filled)
-            first = int(self._ends[shard]) - self._split.shards[shard].tokens
-            self._shard(shard).read_into(start + filled - first, out[filled : filled + n])
-            filled += n
+    def _read(self, shard: int, start: int, out: memoryview) -> None:
+        """Fill `out` with the tokens from position `start` of the split, which lies in `shard`."""
+        done, item = 0, self._dtype.itemsize
+        while done < len(out):
+            first, end = self._bounds[shard], self._bounds[shard + 1]
+            position = start + done // item
+            n = min(len(out) - done, (end - position) * item)
+            self._shard(shard).read_into(position - first, out[done : done + n])
+            done += n
             shard += 1
 
     def _shard(self, number: int) -> ShardFile:
@@ -112,7 +117,7 @@ class SourceReader:
         return shard
 
 
-def _bounds(shard: ShardFile, n_tokens: int) -> Iterator[tuple[int, int]]:
+def _documents(shard: ShardFile, n_tokens: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of each document of a shard."""
     last = None
     for starts in shard.document_starts():
@@ -122,6 +127,11 @@ def _bounds(shard: ShardFile, n_tokens: int) -> Iterator[tuple[int, int]]:
             last = start
     if last is not None:
         yield last, n_tokens
+
+
+def _raw(tokens: npt.NDArray[np.integer[Any]]) -> memoryview:
+    """The bytes of a contiguous array, to be written to."""
+    return tokens.reshape(-1).view(np.uint8).data
 
 
 def open_sources(

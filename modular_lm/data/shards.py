@@ -54,8 +54,8 @@ class ShardWriter:
     def __init__(self, file: Path, split: str, tokenizer: TokenizerId) -> None:
         self._file, self._partial = file, file.with_name(f"{file.name}.tmp")
         self._dtype = token_dtype(tokenizer.dtype)
-        self._metadata = _metadata(split, tokenizer, tokenizer.dtype, ROW_TOKENS)
-        self._schema = _schema(ROW_TOKENS * self._dtype.itemsize)
+        metadata = _metadata(split, tokenizer, tokenizer.dtype, ROW_TOKENS)
+        self._schema = _schema(ROW_TOKENS * self._dtype.itemsize).with_metadata(metadata)
         self._buffer = np.zeros(GROUP_ROWS * ROW_TOKENS, self._dtype)
         self._filled = 0
         self._starts: list[int] = []
@@ -116,7 +116,7 @@ class ShardWriter:
             return
         if self._filled:
             self._flush()
-        self._writer.add_key_value_metadata({**self._metadata, "tokens": str(self._tokens)})
+        self._writer.add_key_value_metadata({"tokens": str(self._tokens)})
         self._writer.close()
         size, sha256 = _sync_and_hash(self._partial)
         os.replace(self._partial, self._file)
@@ -147,32 +147,32 @@ class ShardFile:
                 raise self._error(f"{name} is {found.get(name)}, the manifest says {value}")
         self._dtype = token_dtype(manifest.dtype)
         self._row_tokens = manifest.row_tokens
-        self._offsets, self._group_tokens = self._layout(footer)
+        self._offsets, self._group_bytes = self._layout(footer)
         self._handle = os.open(self.file, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self._handle)
 
-    def read_into(self, start: int, out: npt.NDArray[np.integer]) -> None:
-        """Fill `out` [n], contiguous, with the tokens from position `start` of the shard."""
-        data = out.view(np.uint8).data
-        item = self._dtype.itemsize
-        done = 0
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Fill `out`, raw bytes of whole tokens, with the tokens from position `start` on."""
+        item, group_bytes = self._dtype.itemsize, self._group_bytes
+        at, done = start * item, 0
         while done < len(out):
-            group, within = divmod(start + done, self._group_tokens)
-            n = min(len(out) - done, self._group_tokens - within)
-            place = data[done * item : (done + n) * item]
-            if os.preadv(self._handle, [place], self._offsets[group] + within * item) != n * item:
+            group, within = divmod(at + done, group_bytes)
+            n = min(len(out) - done, group_bytes - within)
+            if os.preadv(self._handle, [out[done : done + n]], self._offsets[group] + within) != n:
                 raise self._error("ends too early: changed while it was read")
             done += n
 
     def document_starts(self) -> Iterator[npt.NDArray[np.int64]]:
         """Positions within the shard at which documents begin, a row group at a time."""
         parquet = pq.ParquetFile(self.file)
+        first = 0
         for group in range(parquet.num_row_groups):
             column = parquet.read_row_group(group, columns=["doc_starts"])["doc_starts"]
             starts = column.combine_chunks()
             rows = np.repeat(np.arange(len(starts)), np.diff(starts.offsets.to_numpy()))
             within = starts.values.to_numpy().astype(np.int64)
-            yield group * self._group_tokens + rows * self._row_tokens + within
+            yield first + rows * self._row_tokens + within
+            first += self._group_bytes // self._dtype.itemsize
 
     def verify(self) -> None:
         """Read the whole file and compare its sha256 with the manifest's."""
@@ -182,7 +182,7 @@ class ShardFile:
             raise self._error("content differs from what was written (sha256)")
 
     def _layout(self, footer: pq.FileMetaData) -> tuple[list[int], int]:
-        """File offset of each row group's tokens, and the tokens of a full row group."""
+        """File offset of each row group's tokens, and the bytes of tokens in a full row group."""
         rows = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
         width = self._row_tokens * self._dtype.itemsize
         regular = rows and all(r == rows[0] for r in rows[:-1]) and rows[-1] <= rows[0]
@@ -196,10 +196,10 @@ class ShardFile:
             if not plain or not 0 < header <= _MAX_PAGE_HEADER:
                 raise self._error("tokens are not stored plainly: rewritten by another program")
             offsets.append(chunk.data_page_offset + header)
-        return offsets, rows[0] * self._row_tokens
+        return offsets, rows[0] * width
 
     def _error(self, what: str) -> DataError:
-        return DataError(f"{self.file}: {what}; prepare the source again")
+        return DataError(f"{self.file}: {what}; prepare the source again with overwrite=true")
 
 
 def _metadata(split: str, tokenizer: TokenizerId, dtype: str, row_tokens: int) -> dict[str, str]:

@@ -72,8 +72,8 @@ class WeightedSum(nn.Module):
         return (memory[0] + self.norm(pooled).sum(1),)
 
     def _project(self, total: Tensor, n_chunks: Tensor | int, dtype: torch.dtype) -> Tensor:
-        mean = self.scale is None
-        weighted = total / (n_chunks * self.n_summary) if mean else total * self.scale
+        m, scale = self.n_summary, self.scale
+        weighted = total / (n_chunks * m) if scale is None else total * scale
         return self.wo(weighted.to(dtype))
 
 

@@ -63,15 +63,15 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-@dataclass(frozen=True)
 class Rope:
     """Cosines and sines by which heads at given positions are turned; cos, sin: [..., d / 2].
 
-    Not a tuple, so that FSDP's casting of forward inputs to bf16 passes it by.
+    Neither a dataclass nor a tuple: into those FSDP reaches to cast a layer's inputs to bf16.
     """
 
-    cos: Tensor
-    sin: Tensor
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 def make_rope(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:

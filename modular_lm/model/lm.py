@@ -53,7 +53,9 @@ class LanguageModel(nn.Module):
         h = self.norm(self._body().run_chunks(self.tok_embeddings(tokens)))
         if targets is None:
             return self._logits(h)
-        return self._losses(h.flatten(0, 1), targets.flatten()).view_as(targets)
+        losses = self._losses(h.flatten(0, 1), targets.flatten())
+        # Not a view: FSDP's hook on an output is lost when a view of it is changed in place.
+        return losses.view_as(targets).clone()
 
     def init_state(
         self,

@@ -16,6 +16,7 @@ trusted, and the next try begins with `find_or_create`. MLflow is imported on fi
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import logging
 import os
@@ -141,8 +142,9 @@ def find_or_create(uri: str, experiment: str, uid: str, run_name: str, created: 
     if found:
         return MlflowRun(client, found[0])
     tags = {UID_TAG: uid, "mlflow.source.name": "modular_lm"}
-    if user := os.environ.get("USER"):
-        tags["mlflow.user"] = user
+    # A container may run under an id that has no name.
+    with contextlib.suppress(KeyError, OSError):
+        tags["mlflow.user"] = getpass.getuser()
     return MlflowRun(client, client.create_run(experiment_id, created, tags, run_name))
 
 

@@ -86,7 +86,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.model = build_model(c.model, c.distributed, self.world, c.seed)
+        self.model = build_model(c, self.world)
         self.optimizer = build_optimizer(self.model, c.optim)
         self.step = 0
         self.last_loss: float | None = None

@@ -79,7 +79,7 @@ def test_stack_is_its_definition() -> None:
     for k in range(n_chunks):
         for i in range(length):
             q = heads(site.wq(site.query_norm(h[:, k, i])), k * m)
-            above, below = 0, 1
+            above, below = torch.zeros(()), torch.ones(())
             for j, r in ((j, r) for j in range(k) for r in range(m)):
                 key = heads(site.wk(summaries[:, j, r]), j * m + r)
                 e = ((q * key.conj()).real.sum(-1) / 2).exp()  # sqrt(head_dim) = 2

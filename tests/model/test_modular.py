@@ -28,7 +28,10 @@ from .tiny_models import (
     tiny_model,
 )
 
-TIGHT = {"rtol": 0.0, "atol": 1e-11}
+
+def assert_equal_in_fp64(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 def dense(weights: dict[str, torch.Tensor], config: ModelConfig, tokens: torch.Tensor) -> Any:
@@ -104,7 +107,7 @@ def test_drop_is_the_dense_model_on_each_chunk(keys: dict[str, Any], length: int
     tokens = some_tokens(2, length)
     alone = with_keys(model, module_seq_len=None)
     expected = torch.cat([alone(c) for c in tokens.split(keys["module_seq_len"], dim=1)], dim=1)
-    torch.testing.assert_close(model(tokens), expected, **TIGHT)
+    assert_equal_in_fp64(model(tokens), expected)
 
 
 @pytest.mark.parametrize("mode", READING_MODES)
@@ -164,7 +167,7 @@ def test_logits_of_a_prefix_do_not_depend_on_how_long_the_input_is(
     tokens = some_tokens(1, length)
     whole = model(tokens)
     for n in range(1, length):
-        torch.testing.assert_close(model(tokens[:, :n]), whole[:, :n], **TIGHT)
+        assert_equal_in_fp64(model(tokens[:, :n]), whole[:, :n])
 
 
 def test_rows_of_a_batch_do_not_mix() -> None:
@@ -173,7 +176,7 @@ def test_rows_of_a_batch_do_not_mix() -> None:
         tokens = some_tokens(3, 14)
         for row in range(3):
             alone = model(tokens[row : row + 1])
-            torch.testing.assert_close(model(tokens)[row : row + 1], alone, **TIGHT)
+            assert_equal_in_fp64(model(tokens)[row : row + 1], alone)
 
 
 # Decoding
@@ -205,7 +208,7 @@ def test_any_split_of_the_input_gives_the_parallel_logits(
     tokens = some_tokens(2, length)
     borders = sorted({0, length, *(c for c in cuts if c < length)})
     logits, state = extend_in_pieces(model, tokens, borders)
-    torch.testing.assert_close(logits, model(tokens), **TIGHT)
+    assert_equal_in_fp64(logits, model(tokens))
     assert state.t == length
 
 
@@ -214,7 +217,7 @@ def test_one_token_at_a_time(mode: str) -> None:
     model = tiny_model(module_agg=mode, module_seq_len=4, module_n_summary=2)
     tokens = some_tokens(2, 19)
     logits, _ = extend_in_pieces(model, tokens, list(range(20)))
-    torch.testing.assert_close(logits, model(tokens), **TIGHT)
+    assert_equal_in_fp64(logits, model(tokens))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -224,7 +227,7 @@ def test_a_state_is_a_value_that_can_be_continued_twice(mode: str) -> None:
     _, state = model.extend(tokens[:, :7], model.init_state(1))
     model.extend(some_tokens(1, 9, seed=5), state)
     logits, _ = model.extend(tokens[:, 7:], state)
-    torch.testing.assert_close(logits, model(tokens)[:, 7:], **TIGHT)
+    assert_equal_in_fp64(logits, model(tokens)[:, 7:])
 
 
 def elements(state: State) -> int:

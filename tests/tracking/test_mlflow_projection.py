@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -325,7 +327,7 @@ def test_batches_are_whole_lines_in_order(lengths: list[int]) -> None:
     for step, length in enumerate(lengths):
         if length <= 1000:
             holders = [batch for batch in made if any(p.step == step for p in batch)]
-            assert len(holders) == 1 or any(n > 1000 for n in lengths[:step])
+            assert len(holders) == 1
 
 
 # ------------------------------------------------------------------ trouble
@@ -348,6 +350,39 @@ def test_an_unreachable_server_neither_raises_nor_holds_up(
     assert len([w for w in warnings if w.startswith("MLflow: ")]) == 1
     _project(folder)
     assert _steps(runs_dir, "loss/out") == [1, 2, 3]
+
+
+def test_a_server_that_hangs_is_given_up(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        running = Follower(folder, [MlflowProjection(folder, uri, EXPERIMENT, "demo")])
+        running.start()
+        running.stop()
+        assert 1 < time.monotonic() - began < 15
+    assert "left behind" not in caplog.text
+    assert "timed out" in caplog.text
+
+
+@pytest.mark.slow
+def test_runs_that_start_at_once_share_a_new_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    script = (
+        "import sys; from modular_lm.tracking import *; folder = RunFolder(sys.argv[1]);"
+        "replay(folder, MlflowProjection(folder, None, 'modular-lm', 'x'))"
+    )
+    folders = [_new_run(tmp_path / name, name) for name in ("a", "b", "c")]
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, str(folder.path)]) for folder in folders
+    ]
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    assert len(_runs(tmp_path)) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "mlflow.db", "mlartifacts"}
 
 
 def test_artifacts_that_fail_do_not_hold_up_points(

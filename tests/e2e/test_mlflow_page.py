@@ -1,0 +1,207 @@
+"""The MLflow page of a run, as a browser shows it: `mlflow server` and headless Chromium."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from modular_lm.tracking import MlflowProjection, RunFolder, replay, snapshot_code
+from modular_lm.tracking.run_folder import write_text_atomic
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+RUN_NAME = "page_test_run"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """The browser's command; installed from Debian where it is missing and we may do so."""
+    if (found := shutil.which("chromium")) is not None:
+        return found
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        pytest.skip("needs chromium, which only root can install here (apt-get install chromium)")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (
+        ["apt-get", "update", "-qq"],
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"],
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"needs chromium; {' '.join(command)} failed: {done.stderr[-200:]}")
+    found = shutil.which("chromium")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one synthetic run of two attempts, and its MLflow store."""
+    runs = tmp_path_factory.mktemp("runs")
+    folder = RunFolder(runs / RUN_NAME)
+    folder.create()
+    config = {"name": RUN_NAME, "steps": 300, "model": {"dim": 64, "module_agg": "avg"}}
+    write_text_atomic(folder.config, yaml.safe_dump(config))
+    write_text_atomic(folder.base_config, yaml.safe_dump({"name": RUN_NAME}))
+    snapshot_code(folder.code)
+    folder.append_event("created", uid="page-test", name=RUN_NAME)
+    uri = f"sqlite:///{runs / 'mlflow.db'}"
+    for attempt, first, last in ((1, 0, 150), (2, 100, 300)):
+        folder.metrics.cut_after(first)
+        folder.append_event(
+            "attempt", attempt=attempt, start_step=first, world_size=2, hosts=["n0"]
+        )
+        for step in range(first + 10, last + 1, 10):
+            folder.metrics.append(_training_line(step))
+            if step % 100 == 0:
+                folder.eval_metrics.append(_validation_line(step))
+                path = folder.checkpoints / f"{step:010d}"
+                folder.append_event("checkpoint", step=step, path=str(path), bytes=1, seconds=0.1)
+        if attempt == 2:
+            folder.append_event("end", status="done", step=300, exit_code=0, reason=None)
+        replay(folder, MlflowProjection(folder, uri, "modular-lm", RUN_NAME))
+    return runs
+
+
+def _training_line(step: int) -> dict[str, float]:
+    loss = 1.5 + 4 * math.exp(-step / 80)
+    return {
+        "global_step": step,
+        "loss/out": loss,
+        "loss/bpb": loss / math.log(2),
+        "optim/lr": 3e-4 * (1 - step / 400),
+        "optim/grad_norm": 1 / (1 + step / 50),
+        "optim/total_tokens": 4096 * step,
+        "speed/wps": 12000 + 10 * (step % 70),
+        "speed/data_wait": 0.01,
+        "memory/rss": 900,
+        "data/share/wiki": 0.4,
+    }
+
+
+def _validation_line(step: int) -> dict[str, float]:
+    nll = 1.6 + 4 * math.exp(-step / 80)
+    results = {"nll": nll, "bpb": nll / math.log(2), "ppl": math.exp(nll), "avg_seqlen": 200.5}
+    return {
+        "global_step": step,
+        **{f"validation/{s}/{k}": v for s in ("wiki", "all") for k, v in results.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def server(runs_dir: Path) -> Iterator[str]:
+    """The address of an MLflow server on the store, which ends with the tests."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    store = ["--backend-store-uri", f"sqlite:///{runs_dir / 'mlflow.db'}"]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with open(runs_dir / "server.log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *store, *place],
+            # Not the folder of the runs: what the page shows must not depend on it.
+            cwd=runs_dir.parent,
+            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_healthy(address, process)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(address: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the MLflow server ended by itself"
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail("the MLflow server did not get healthy within 120 s")
+
+
+def _open(chromium: str, url: str, screenshot: Path) -> tuple[str, str]:
+    """A page after its scripts have run: its text and its HTML; also as a picture."""
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,4000"]
+    command += [f"--user-data-dir={screenshot}.profile", "--virtual-time-budget=25000"]
+    dump = subprocess.run(
+        [*command, "--dump-dom", url], capture_output=True, text=True, timeout=180, check=True
+    )
+    subprocess.run(
+        [*command, f"--screenshot={screenshot}", url], capture_output=True, timeout=180, check=True
+    )
+    assert screenshot.stat().st_size > 10_000
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", dump.stdout)), dump.stdout
+
+
+@pytest.fixture(scope="module")
+def run(server: str) -> Run:
+    """The one run, as the server knows it."""
+    client = MlflowClient(tracking_uri=server)
+    experiment = client.get_experiment_by_name("modular-lm")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs_page(server: str, run: Run) -> str:
+    """The address of the list of runs; without `workflowType` MLflow shows its page on traces."""
+    return f"{server}/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning"
+
+
+@pytest.fixture(scope="module")
+def run_page(server: str, run: Run) -> str:
+    """The address of the run's own page."""
+    return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def test_the_run_is_listed(chromium: str, runs_page: str, tmp_path: Path) -> None:
+    text, _ = _open(chromium, runs_page, tmp_path / "runs.png")
+    assert RUN_NAME in text
+
+
+def test_overview_shows_the_run(chromium: str, run_page: str, tmp_path: Path) -> None:
+    text, _ = _open(chromium, run_page, tmp_path / "overview.png")
+    for expected in (RUN_NAME, "Finished", "loss/out", "validation/all/bpb", "model.module_agg"):
+        assert expected in text
+
+
+def test_curves_are_drawn(chromium: str, run_page: str, tmp_path: Path) -> None:
+    text, html = _open(chromium, f"{run_page}/model-metrics", tmp_path / "curves.png")
+    for expected in (RUN_NAME, "loss/out", "loss/bpb", "optim/lr", "validation/all/nll"):
+        assert expected in text
+    drawn = [group.count("<path") for group in re.findall(r'<g class="points">(.*?)</g>', html)]
+    # 300 steps with a line every 10, and validations at 100, 200, 300: the second attempt, which
+    # went back from step 150 to 100, doubled nothing.
+    assert {n for n in drawn if n} == {30, 3}
+
+
+def test_artifacts_are_listed(chromium: str, run_page: str, tmp_path: Path) -> None:
+    text, _ = _open(chromium, f"{run_page}/artifacts", tmp_path / "artifacts.png")
+    for expected in ("code", "config.yaml", "base_config.yaml", "checkpoints.json", "events.jsonl"):
+        assert expected in text

@@ -1,0 +1,164 @@
+"""`python -m ray_jobs.train` on a real Ray: complete, interrupted, continued, refused."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import complete_steps, step_folder
+from tests.e2e.support import TINY, Jobs, finish, losses, train_workers, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def run_folder(path: Path) -> tuple[RunFolder, str]:
+    return RunFolder(path), f"dump_dir={path}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ray_head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """40 steps with two workers, nothing happening."""
+    folder, where = run_folder(tmp_path_factory.mktemp("runs") / "whole")
+    Jobs(ray_head).run("ray_jobs.train", *TINY, where)
+    return folder
+
+
+def test_a_run_leaves_what_the_design_promises(uninterrupted: RunFolder, jobs: Jobs) -> None:
+    folder = uninterrupted
+    curve = losses(folder)
+    assert list(curve) == list(range(1, 41))
+    assert curve[40] < 0.8 * curve[1]
+    assert complete_steps(folder.checkpoints) == [10, 20, 30, 40]
+    newest = {p.name for p in step_folder(folder.checkpoints, 40).iterdir()}
+    assert newest >= {".metadata", "params.json", "train_state.json", "COMPLETE"}
+    assert {"config.yaml", "base_config.yaml", "code"} <= {p.name for p in folder.path.iterdir()}
+    assert {p.name for p in folder.logs.iterdir()} >= {folder.log_file(r).name for r in (0, 1)}
+    (evaluation,) = list(folder.eval_metrics)
+    assert evaluation["global_step"] == 40
+    assert 0 < evaluation["validation/builtin/avg_seqlen"] <= 64
+    kinds = [event["event"] for event in folder.events()]
+    assert kinds[:2] == ["created", "attempt"]
+    assert kinds[-1] == "end"
+
+
+def test_run_again_says_complete_and_where_in_seconds(uninterrupted: RunFolder, jobs: Jobs) -> None:
+    began = time.monotonic()
+    output = jobs.run("ray_jobs.train", *TINY, f"dump_dir={uninterrupted.path}")
+    assert time.monotonic() - began < 10
+    assert "is complete: step 40 of 40" in output
+    assert str(uninterrupted.path) in output
+
+
+def test_stopped_half_way_and_continued_by_another_number_of_workers(
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "staged")
+    jobs.run("ray_jobs.train", *TINY, where, "stop_at=20")
+    jobs.run("ray_jobs.train", *TINY, where, "ray.num_workers=3")
+    whole, staged = losses(uninterrupted), losses(folder)
+    assert whole.keys() == staged.keys()
+    # The first half ran alike; the second sums in another order, so it differs by rounding.
+    assert [staged[s] for s in range(1, 21)] == [whole[s] for s in range(1, 21)]
+    assert max(abs(staged[s] - whole[s]) / whole[s] for s in whole) < 1e-4
+    attempts = [e for e in folder.events() if e["event"] == "attempt"]
+    assert [(a["start_step"], a["world_size"]) for a in attempts] == [(0, 2), (20, 3)]
+    assert attempts[1]["config_changes"] == ["ray.num_workers: 2 -> 3"]
+
+
+def test_killed_worker_the_run_finishes_by_itself_with_the_same_loss(
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "killed")
+    job = jobs.start("ray_jobs.train", *TINY, where)
+    wait_until(lambda: 10 in complete_steps(folder.checkpoints), "a checkpoint")
+    # While it runs, nobody else may train in this folder.
+    second = jobs.run("ray_jobs.train", *TINY, where, code=2)
+    assert "is being trained by" in second
+    train_workers(jobs.environment)[-1].send_signal(signal.SIGKILL)
+    finish(job)
+    assert losses(folder) == losses(uninterrupted)
+    attempts = [e["start_step"] for e in folder.events() if e["event"] == "attempt"]
+    failures = [e for e in folder.events() if e["event"] == "failure"]
+    assert len(attempts) == 2
+    assert attempts[1] >= 10
+    assert failures
+
+
+def test_sigterm_saves_exits_3_and_the_same_command_continues(
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "stopped")
+    job = jobs.start("ray_jobs.train", *TINY, where)
+    wait_until(lambda: len(list(folder.metrics)) > 3, "some steps")
+    job.send_signal(signal.SIGTERM)
+    output = finish(job, code=3)
+    (step,) = complete_steps(folder.checkpoints)[-1:]
+    assert f"stopped at step {step} (SIGTERM)" in output
+    end = folder.last_event("end")
+    assert end is not None
+    assert (end["status"], end["step"], end["exit_code"]) == ("stopped", step, 3)
+    assert 3 < step < 40
+    jobs.run("ray_jobs.train", *TINY, where)
+    assert losses(folder) == losses(uninterrupted)
+
+
+def test_torchrun_trains_the_same_model(
+    uninterrupted: RunFolder, plain_jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "torchrun")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    plain_jobs.run("modular_lm.train", *TINY, where, launcher=torchrun)
+    assert losses(folder) == losses(uninterrupted)
+
+
+def test_one_plain_process_keeps_the_global_batch(
+    uninterrupted: RunFolder, plain_jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "plain")
+    plain_jobs.run("modular_lm.train", *TINY, where, "grad_acc_steps=2")
+    whole, plain = losses(uninterrupted), losses(folder)
+    assert max(abs(plain[s] - whole[s]) / whole[s] for s in whole) < 1e-4
+
+
+def test_what_a_run_may_not_change_is_refused(uninterrupted: RunFolder, jobs: Jobs) -> None:
+    where = f"dump_dir={uninterrupted.path}"
+    before = uninterrupted.config.read_text()
+    for change, named in [
+        ("model.dim=64", "model.dim: 32 -> 64"),
+        ("data.seq_len=32", "data.seq_len: 64 -> 32"),
+        ("seed=7", "seed: 42 -> 7"),
+        ("data.batch_size=3", "data.batch_size: 4 -> 3"),
+    ]:
+        output = jobs.run("ray_jobs.train", *TINY, where, "steps=60", change, code=2)
+        assert named in output
+        assert "Traceback" not in output
+    assert uninterrupted.config.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("modle.dim=64", "did you mean model?"),
+        ("model.module_agg=averge", "did you mean avg?"),
+        ("data.root_dir=nowhere data.sources={wiki: 1}", "nowhere: no such folder"),
+        ("data.tokenizer.name=sp data.tokenizer.path=README.md", "data.tokenizer.path=README.md"),
+        ("data.tokenizer.name=sp data.tokenizer.path=none.model", "none.model"),
+    ],
+)
+def test_mistakes_exit_2_at_once_with_nothing_created(
+    plain_jobs: Jobs, tmp_path: Path, argument: str, named: str
+) -> None:
+    dump_dir = tmp_path / "run"
+    arguments = argument.split(" ", 1) if argument.startswith("data") else [argument]
+    began = time.monotonic()
+    output = plain_jobs.run(
+        "ray_jobs.train", "config=configs/debug.yaml", f"dump_dir={dump_dir}", *arguments, code=2
+    )
+    assert time.monotonic() - began < 3
+    assert named in output
+    assert output.count("\n") == 1
+    assert not dump_dir.exists()
