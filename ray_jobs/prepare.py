@@ -7,7 +7,6 @@ prepared in this process.
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -68,7 +67,6 @@ def on_ray_data(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterabl
     """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # our progress lines say it all
     rows = [{"task": pickle.dumps(task)} for task in tasks]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for row in dataset.map(partial(_run_task, function)).iter_rows():

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modular_lm.errors import DataError
+from modular_lm.errors import DataError, reason
 from modular_lm.tokenizer import well_formed
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -111,7 +111,7 @@ def _open_parquet(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except pa.ArrowException as error:
-        raise DataError(f"{file}: not a readable parquet file: {_one_line(error)}") from error
+        raise DataError(f"{file}: not a readable parquet file: {reason(error)}") from error
 
 
 def _text_column(file: Path, parquet: pq.ParquetFile) -> str:
@@ -142,7 +142,7 @@ def _parquet_texts(file: Path, groups: range) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     yield text or ""
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: row group {group}: {_one_line(error)}") from error
+            raise DataError(f"{file}: row group {group}: {reason(error)}") from error
 
 
 # ------------------------------------------------------------------ JSON lines
@@ -158,14 +158,14 @@ def _json_texts(file: Path) -> Iterator[str]:
                 if not line.isspace():
                     yield _json_text(file, number, line)
     except OSError as error:
-        raise DataError(f"{file}: after line {number}: {_one_line(error)}") from error
+        raise DataError(f"{file}: after line {number}: {reason(error)}") from error
 
 
 def _json_text(file: Path, number: int, line: bytes) -> str:
     try:
         record: Any = json.loads(line)
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise DataError(f"{file}:{number}: not a line of JSON: {_one_line(error)}") from error
+        raise DataError(f"{file}:{number}: not a line of JSON: {reason(error)}") from error
     if not isinstance(record, dict):
         raise DataError(f"{file}:{number}: expected an object with the key `text` or `content`")
     key = next((k for k in TEXT_KEYS if k in record), None)
@@ -198,7 +198,3 @@ def _stem(file: Path) -> str:
 
 def _endings() -> str:
     return ", ".join(SUFFIXES[:-1]) + " or " + SUFFIXES[-1]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modular_lm.data.manifest import FORMAT, VERSION, Manifest, ShardInfo, TokenizerId, check_size
-from modular_lm.errors import DataError
+from modular_lm.errors import DataError, reason
 
 ROW_TOKENS = 1024
 # 1 M tokens per row group: large enough for scans, small enough to hold many while writing.
@@ -138,7 +138,7 @@ class ShardFile:
         try:
             footer = pq.read_metadata(self.file)
         except (pa.ArrowException, OSError) as error:
-            raise self._error(f"not a readable parquet file ({error})") from error
+            raise self._error(f"not a readable parquet file ({reason(error)})") from error
         expected = _metadata(split, manifest.tokenizer, manifest.dtype, manifest.row_tokens)
         expected["tokens"] = str(info.tokens)
         found = {k.decode(): v.decode() for k, v in (footer.metadata or {}).items()}

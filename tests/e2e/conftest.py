@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.support import Jobs, end, free_ports, listens, wait_until
+from modular_lm.tracking.run_folder import RunFolder
+from tests.e2e.support import TINY, Jobs, end, free_ports, listens, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +58,14 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[
             yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
             end(head)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(ray_head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of 40 steps with two workers, nothing happening."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "whole")
+    Jobs(ray_head).run("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
+    return folder
 
 
 @pytest.fixture

@@ -19,14 +19,6 @@ def run_folder(path: Path) -> tuple[RunFolder, str]:
     return RunFolder(path), f"dump_dir={path}"
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(ray_head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """40 steps with two workers, nothing happening."""
-    folder, where = run_folder(tmp_path_factory.mktemp("runs") / "whole")
-    Jobs(ray_head).run("ray_jobs.train", *TINY, where)
-    return folder
-
-
 def test_a_run_leaves_what_the_design_promises(uninterrupted: RunFolder, jobs: Jobs) -> None:
     folder = uninterrupted
     curve = losses(folder)
