@@ -78,8 +78,7 @@ def sample(
     logits = logits.detach().to("cpu", torch.float64)
     if temperature == 0:
         return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature
-    probabilities, order = scaled.softmax(0).sort(descending=True, stable=True)
+    probabilities, order = (logits / temperature).softmax(0).sort(descending=True, stable=True)
     if top_k is not None:
         probabilities = probabilities[:top_k] / probabilities[:top_k].sum()
     if top_p is not None:

@@ -17,7 +17,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     s, n = q.shape[1], k.shape[1]
     if s == n:  # no mask is built: training stays linear in memory
-        return _sdpa(q, k, v, is_causal=s > 1)
+        return _sdpa(q, k, v, is_causal=True)
     if s == 1:
         return _sdpa(q, k, v)
     visible = torch.ones(s, n, dtype=torch.bool, device=q.device).tril(n - s)

@@ -294,4 +294,5 @@ def _full_disk_named(path: Path) -> Iterator[None]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat()
+    # Always with its microseconds: times are to sort as text.
+    return datetime.now(UTC).isoformat(timespec="microseconds")

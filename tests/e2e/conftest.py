@@ -3,61 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from modular_lm.tracking.run_folder import RunFolder
-from tests.e2e.support import TINY, Jobs, end, free_ports, listens, wait_until
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One prepared built-in corpus for the session."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def ray_head(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[dict[str, str]]:
-    """The environment in which jobs join a Ray of this session's own."""
-    token = tmp_path_factory.mktemp("ray") / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    port, dashboard = free_ports(2)
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_idle_worker_killing_time_threshold_ms": "600000",
-        "MODULAR_LM_CACHE": str(cache),
-        "PYTHONUNBUFFERED": "1",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    with tempfile.TemporaryDirectory(prefix="mlm", dir="/tmp") as short:
-        head = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-                *("--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=6"),
-                *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-                *(f"--temp-dir={short}", "--object-store-memory=300000000"),
-                "--disable-usage-stats",
-            ],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            wait_until(lambda: listens(port) and listens(dashboard), "the Ray head", 90)
-            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-        finally:
-            end(head)
+from tests.support import TINY, Jobs, end
 
 
 @pytest.fixture(scope="session")

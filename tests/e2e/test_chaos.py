@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from modular_lm.tracking.run_folder import RunFolder
-from tests.e2e.support import TINY, Jobs, finish, losses, train_workers, wait_until
+from tests.support import TINY, Jobs, finish, losses, train_workers, wait_until
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

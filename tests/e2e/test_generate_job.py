@@ -9,7 +9,7 @@ import pytest
 
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.inventory import step_folder
-from tests.e2e.support import Jobs
+from tests.support import Jobs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

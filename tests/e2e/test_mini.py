@@ -13,7 +13,7 @@ import yaml
 
 from modular_lm.data.reader import SourceReader
 from modular_lm.tracking.run_folder import RunFolder
-from tests.e2e.support import REPO, Jobs
+from tests.support import REPO, Jobs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 WEIGHTS = {"wiki": 0.4, "books": 0.3, "gov": 0.2, "web": 0.1}

@@ -10,7 +10,7 @@ import pytest
 
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.inventory import complete_steps, step_folder
-from tests.e2e.support import TINY, Jobs, finish, losses, train_workers, wait_until
+from tests.support import TINY, Jobs, finish, losses, train_workers, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -198,7 +198,7 @@ def extend_in_pieces(
     length=st.integers(1, 30),
     cuts=st.lists(st.integers(1, 29), max_size=6),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=120)
 def test_any_split_of_the_input_gives_the_parallel_logits(
     keys: dict[str, Any], chunked: int, length: int, cuts: list[int]
 ) -> None:

@@ -16,6 +16,8 @@ from .tiny_models import tiny_config
         (4096, 1.3, 1024, 14336),  # Llama 3 8B
         (8192, 1.3, 4096, 28672),  # Llama 3 70B
         (64, None, 4, 172),  # stories260K
+        (64, None, 1, 170),
+        (64, 1.3, 1, 221),
     ],
 )
 def test_feed_forward_width_of_published_models(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -107,6 +108,28 @@ def test_replay_hands_over_everything(folder: RunFolder, monkeypatch: pytest.Mon
     assert ("event", "created") in sink.flushed
     assert ("evaluation", 5) in sink.flushed
     assert sink.closed
+
+
+def test_lines_found_together_come_in_the_order_of_their_times(folder: RunFolder) -> None:
+    folder.append_event("attempt")
+    _append(folder, 1)
+    folder.eval_metrics.append({"global_step": 1})
+    _append(folder, 2)
+    folder.append_event("end")
+    sink = Recorder()
+    replay(folder, sink)
+    assert [what for _, what in sink.flushed] == ["attempt", 1, 1, 2, "end"]
+
+
+def test_a_file_keeps_its_order_where_a_later_host_has_an_earlier_clock(folder: RunFolder) -> None:
+    times = ("2026-01-01T10:00:00", "2026-01-01T12:00:00", "2026-01-01T09:00:00")
+    for step, time_text in enumerate(times, start=1):
+        with open(folder.metrics.path, "a") as file:
+            file.write(json.dumps({"global_step": step, "created_at": time_text}) + "\n")
+    folder.append_event("end")
+    sink = Recorder()
+    replay(folder, sink)
+    assert sink.steps() == [1, 2, 3]
 
 
 def test_lines_arrive_while_the_run_goes_on_and_stop_drains(folder: RunFolder) -> None:

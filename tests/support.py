@@ -38,7 +38,7 @@ TINY = [
     "logging.freq=1",
     "logging.mlflow.enabled=false",
 ]
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = TIMEOUT) -> Any:
