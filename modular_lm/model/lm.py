@@ -73,8 +73,8 @@ class LanguageModel(nn.Module):
     def extend(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits [B, s, V] of the next tokens [B, s], and the state after them.
 
-        Equal to `forward` on all tokens so far, however they are split. On a model under FSDP this
-        method needs `register_fsdp_forward_method`.
+        Equal to `forward` on all tokens so far, however they are split. A model under FSDP must
+        have this method, and `read` and `write` of its sites, registered as forward methods.
         """
         h, state = self._body().run_pieces(self.tok_embeddings(tokens), state)
         return self._logits(self.norm(h)), state

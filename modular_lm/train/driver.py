@@ -36,17 +36,25 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], None]) -> int:
     given: the config as the user gave it. Raises ConfigError if another process trains this run.
     """
     folder = run.folder
+    mirrors = _mirrors(run)
     if run.is_complete:
         print(f"{run.config.name} is complete: step {run.done_steps} of {run.stop_step}")
-        print(where_things_are(run))
+        print(where_things_are(run), flush=True)
+        # The driver may have died before its last line, or MLflow been away.
+        if (folder.last_event("end") or {}).get("status") != "done":
+            _end(run, "done", EXIT_DONE, None)
+        _follow(folder, mirrors).stop()
         return EXIT_DONE
     with _only_one(folder):
         run.begin(given)
-        follower = Follower(folder, _sinks(run))
-        follower.start()
+        follower = _follow(folder, [ConsoleProgress(run.stop_step), *mirrors])
         try:
             with stop_on_signals(folder):
                 execute()
+        except KeyboardInterrupt:
+            _end(run, "stopped", EXIT_STOPPED, "interrupted twice, without a checkpoint")
+            follower.stop()
+            raise
         except BaseException as error:
             code = error.exit_code if isinstance(error, UserFacingError) else EXIT_FAILED
             _end(run, "failed", code, reason_of(error))
@@ -102,16 +110,18 @@ def stop_on_signals(folder: RunFolder) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _sinks(run: Run) -> list[Sink]:
-    c = run.config
-    sinks: list[Sink] = [ConsoleProgress(c.steps)]
-    if c.logging.mlflow.enabled:
-        sinks.append(
-            MlflowProjection(
-                run.folder, c.logging.mlflow.tracking_uri, c.logging.mlflow.experiment, c.name
-            )
-        )
-    return sinks
+def _mirrors(run: Run) -> list[Sink]:
+    """Where the run is shown beside the terminal. Raises ConfigError for an impossible address."""
+    c = run.config.logging.mlflow
+    if not c.enabled:
+        return []
+    return [MlflowProjection(run.folder, c.tracking_uri, c.experiment, run.config.name)]
+
+
+def _follow(folder: RunFolder, sinks: list[Sink]) -> Follower:
+    follower = Follower(folder, sinks)
+    follower.start()
+    return follower
 
 
 def _end(run: Run, status: str, code: int, why: str | None) -> None:
