@@ -25,10 +25,11 @@ demo: setup
 	@echo
 	@echo "A sample, continuing '$(DEMO_PROMPT)':"
 	@echo
-	$(BIN)/python -m ray_jobs.generate ckpt=runs/debug_modular prompt='$(DEMO_PROMPT)' \
+	@$(BIN)/python -m ray_jobs.generate ckpt=runs/debug_modular prompt='$(DEMO_PROMPT)' \
 		max_tokens=200 temperature=0.8 top_k=40
 	@echo
 	@echo "Look at the run:  $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db"
+	@echo "and open          http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 
 test: setup
 	$(BIN)/python -m pytest -m "not chaos"

@@ -62,7 +62,7 @@ def _call(function: Any, outcome: dict[str, Any]) -> None:
 
 def _trainer(run: Run) -> Any:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from ray_jobs._ingest import DATASET, PlanDataConfig
@@ -75,6 +75,16 @@ def _trainer(run: Run) -> Any:
         raise ConfigError(
             f"ray.num_workers={c.num_workers}: each needs a GPU and the cluster has {gpus}; "
             "use fewer workers, or ray.use_gpu=false to train on CPUs"
+        )
+    cpus, needed = int(ray.cluster_resources().get("CPU", 0)), c.num_workers * c.cpus_per_worker
+    if cpus <= needed:
+        # A cluster may grow; on one that does not, the workers would wait for ever.
+        log.warning(
+            "%d workers need %d CPUs and the data tasks some more, the cluster has %d: "
+            "training starts when it has grown",
+            c.num_workers,
+            needed,
+            cpus,
         )
     return TorchTrainer(
         train_loop,
@@ -92,6 +102,7 @@ def _trainer(run: Run) -> Any:
                 max_failures=c.max_failures, controller_failure_limit=c.max_failures
             ),
             callbacks=[_failure_recorder(run.folder)],
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
         # The stream is made by the data config, which knows the world and the start step.
         datasets={DATASET: _no_dataset},

@@ -216,9 +216,7 @@ class PrepareConfig:
     )
     add_bos: bool = key(True, "begin each document with BOS")
     add_eos: bool = key(True, "end each document with EOS")
-    shards: int | None = key(
-        None, "shards per source; default: one per 64 MiB of text", ge=1
-    )
+    shards: int | None = key(None, "shards per source; default: one per 64 MiB of text", ge=1)
     overwrite: bool = key(False, "replace sources that are already prepared differently")
 
 

@@ -50,7 +50,7 @@ def test_training_on_real_text_beats_the_unigram(
     trained = jobs.run(
         "ray_jobs.train", "config=configs/mini.yaml", f"dump_dir={folder.path}",
         f"data.root_dir={data}", f"data.tokenizer.path={tokenizer}",
-        "logging.freq=1", "logging.mlflow.enabled=false",
+        "steps=120", "logging.freq=1", "logging.mlflow.enabled=false",
     )  # fmt: skip
     entropy = unigram_entropy(data, 32_000)
     *_, scores = folder.eval_metrics

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def test_deliveries_cover_every_step_of_every_rank_once(
 
 
 @pytest.fixture(scope="module")
-def dataset(ray_session_joined: None, cache: Path) -> Iterator[Dataset]:
+def dataset(ray_session_joined: None, cache: Path) -> Dataset:
     config = DataConfig(sources={"builtin": 1.0}, seq_len=SEQ_LEN, seed=1)
     return Dataset(config, build_tokenizer(TokenizerConfig()))
 
