@@ -55,4 +55,4 @@ chaos: setup
 	$(BIN)/python -m pytest -m chaos
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -16,7 +16,8 @@ Schedule = Callable[[float, float], float]
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, not on norms and not on the token embedding.
 
-    The learning rate is set before each step by the trainer (`learning_rate`).
+    The learning rate is set before each step by the trainer (`learning_rate`). Parameters that
+    need no gradient are left out.
     """
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
@@ -25,16 +26,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         is_matrix = parameter.ndim >= 2 and not name.startswith("tok_embeddings.")
         (decayed if is_matrix else plain).append(parameter)
     on_gpu = all(p.device.type == "cuda" for p in decayed)
-    return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=on_gpu,
-    )
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain}], fused=on_gpu)
+    apply_settings(optimizer, config)
+    return optimizer
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+    """Set what `config` says; to be called again after loading a state, which brings its own."""
+    for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+        group["weight_decay"] = decay
+        group["betas"] = (config.beta1, config.beta2)
+        group["eps"] = config.epsilon
 
 
 def _constant(progress: float, minimum: float) -> float:

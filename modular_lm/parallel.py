@@ -81,10 +81,15 @@ class World:
         return [each for each, _ in gathered]
 
 
-def init_world() -> World:
-    """Join the process group that Ray Train or torchrun announced; alone without either."""
-    use_gpu = torch.cuda.is_available()
+def init_world(use_gpu: bool | None = None) -> World:
+    """Join the process group that Ray Train or torchrun announced; alone without either.
+
+    use_gpu: default: if this machine has a GPU for each of its processes.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_gpu is None:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
     if use_gpu:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():

@@ -11,7 +11,7 @@ delivery carries its global sample indices and `deliveries_to_steps` checks them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,13 @@ import ray.data
 import ray.train
 
 from modular_lm.data.dataset import Dataset, StepRows, rank_range
+from modular_lm.errors import ConfigError
+from modular_lm.train.run import Run
 
 DATASET = "train"
 _TOKENS_PER_DELIVERY = 1 << 20  # STACK: below this the cost of a task shows
 _MAX_DELIVERIES = 2_000  # ray.data.range takes about 3 ms for each before the first arrives
+_MAX_TOKENS_PER_DELIVERY = 1 << 25  # a few of them are held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,23 @@ class Stream:
     def plan(
         cls, start: int, stop: int, world_size: int, global_batch_size: int, seq_len: int
     ) -> Stream:
-        """Choose the size of a delivery: large enough to be cheap, few enough to start quickly."""
+        """Choose the size of a delivery: large enough to be cheap, few enough to start quickly.
+
+        Raises ConfigError for more tokens than one stream carries.
+        """
         rank_tokens = max(1, global_batch_size * seq_len // world_size)
         cheap = max(1, _TOKENS_PER_DELIVERY // rank_tokens)
         few = math.ceil((stop - start) * world_size / _MAX_DELIVERIES)
         # At least a few deliveries a rank, so that reading goes on beside training.
         early = max(1, (stop - start) // 8)
-        return cls(start, stop, world_size, global_batch_size, max(min(cheap, early), few))
+        steps = max(min(cheap, early), few)
+        if steps * rank_tokens > _MAX_TOKENS_PER_DELIVERY and steps > 1:
+            reach = start + _MAX_DELIVERIES // world_size * _MAX_TOKENS_PER_DELIVERY // rank_tokens
+            raise ConfigError(
+                f"steps={stop}: more than one command can stream to {world_size} workers in this "
+                f"version; go in stages: stop_at={reach}, then the same command with a later one"
+            )
+        return cls(start, stop, world_size, global_batch_size, steps)
 
     @property
     def deliveries(self) -> int:
@@ -84,22 +97,13 @@ class ReadDelivery:
 class PlanDataConfig(ray.train.DataConfig):
     """Builds the stream when a worker group starts: then world size and start step are known.
 
-    begin_attempt: called once for every worker group with the world size; returns the step from
-    which it goes on (and records the attempt).
+    Each worker group is an attempt of the run: its start step is decided, and recorded, here. No
+    stream is made where nothing is left to do.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        stop: int,
-        global_batch_size: int,
-        begin_attempt: Callable[[int], int],
-    ) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self._dataset = dataset
-        self._stop = stop
-        self._global_batch_size = global_batch_size
-        self._begin_attempt = begin_attempt
+        self._run = run
 
     def configure(
         self,
@@ -109,11 +113,16 @@ class PlanDataConfig(ray.train.DataConfig):
         worker_node_ids: Any,
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
-        start = self._begin_attempt(world_size)
+        run = self._run
+        names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        start = run.begin_attempt([names[node] for node in worker_node_ids])
+        if start >= run.stop_step:
+            return [dict.fromkeys(datasets)] * world_size
+        dataset = run.dataset
         stream = Stream.plan(
-            start, self._stop, world_size, self._global_batch_size, self._dataset.seq_len
+            start, run.stop_step, world_size, run.global_batch_size, dataset.seq_len
         )
-        iterators = stream_iterators(self._dataset, stream)
+        iterators = stream_iterators(dataset, stream)
         return [dict.fromkeys(datasets, iterators[rank]) for rank in range(world_size)]
 
 

@@ -42,6 +42,11 @@ def resolve_model(model: ModelConfig, seq_len: int, vocab_size: int) -> ModelCon
             f"model.vocab_size={model.vocab_size}: the tokenizer has {vocab_size} tokens; "
             "use -1 or at least that many"
         )
+    if model.n_heads is None and model.head_dim is not None and model.dim % model.head_dim:
+        raise ConfigError(
+            f"model.head_dim={model.head_dim}: must divide model.dim={model.dim} "
+            "when model.n_heads is not given"
+        )
     heads = model.n_heads or (model.dim // model.head_dim if model.head_dim else 8)
     if model.head_dim is None and model.dim % heads:
         raise ConfigError(f"model.dim={model.dim}: must be divisible by model.n_heads={heads}")
@@ -71,7 +76,8 @@ def _normalised(sources: dict[str, float]) -> dict[str, float]:
         if not (weight > 0 and math.isfinite(weight)):
             raise ConfigError(f"data.sources.{name}={weight}: expected a weight > 0")
     total = sum(sources.values())
-    return {name: weight / total for name, weight in sources.items()}
+    # By name: the order in which a file lists its sources must not decide the order of the data.
+    return {name: sources[name] / total for name in sorted(sources)}
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -94,6 +100,10 @@ def _check_model(m: ModelConfig) -> None:
         raise ConfigError(
             f"model.module_agg_dim={m.module_agg_dim}: `stack` splits it over model.n_heads="
             f"{m.n_heads} heads of an even width: use a multiple of {2 * m.n_heads}"
+        )
+    if int(8 * m.dim / 3 * (m.ffn_dim_multiplier or 1.0)) < 1:
+        raise ConfigError(
+            f"model.ffn_dim_multiplier={m.ffn_dim_multiplier}: leaves no feed-forward width"
         )
     if m.create_module_name is not None:
         raise ConfigError(
@@ -133,26 +143,20 @@ def global_batch_size(c: TrainConfig, world_size: int) -> int:
     return c.data.batch_size * c.grad_acc_steps * world_size
 
 
-def fixed_values(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The keys that may not change within a run, flat, from a resolved config's dict."""
-    flat = flatten(resolved)
-    return {k: v for k, v in flat.items() if any(k == f or k.startswith(f + ".") for f in FIXED)}
-
-
-def changes(old: dict[str, Any], new: TrainConfig) -> tuple[list[str], list[str]]:
+def changes(old: TrainConfig, new: TrainConfig) -> tuple[list[str], list[str]]:
     """Compare the resolved config of an earlier attempt with a new one.
 
     Returns the changed keys as `key: old -> new`: first those that a run may not change, then
     those that it may.
     """
-    before, after = flatten(old), flatten(to_dict(new))
-    fixed_names = fixed_values(to_dict(new)).keys() | fixed_values(old).keys()
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     refused, allowed = [], []
     for name in sorted(before.keys() | after.keys()):
         if name in _TRANSIENT or before.get(name) == after.get(name):
             continue
         line = f"{name}: {before.get(name)} -> {after.get(name)}"
-        (refused if name in fixed_names else allowed).append(line)
+        fixed = any(name == f or name.startswith(f + ".") for f in FIXED)
+        (refused if fixed else allowed).append(line)
     return refused, allowed
 
 

@@ -18,8 +18,6 @@ _IGNORED: dict[str, str] = {
     "data.load_async": "Ray Data streams in the background",
     "data.prefetch_size": "Ray Data prefetches by itself",
     "data.n_views": "samples overlap by the one target token",
-    "data.add_bos": "decided when the shards are prepared",
-    "data.add_eos": "decided when the shards are prepared",
     "model.max_seqlen": "data.seq_len says it",
     "model.seed": "the top-level seed says it",
     "gc_collect_freq": "not needed",
@@ -36,9 +34,13 @@ _IGNORED: dict[str, str] = {
     "distributed.selective_activation_checkpointing": "not available yet; costs memory only",
     "eval.harness": "not available yet",
     "eval.generator": "not available yet",
+    "eval.name": "evaluations belong to their run",
+    "eval.dump_dir": "evaluations belong to their run",
+    "eval.metric_log_dir": "evaluations belong to their run",
+    "eval.ckpt_dir": "evaluations belong to their run",
+    "eval.wandb": "runs are tracked in MLflow (logging.mlflow)",
     "eval.validation.max_steps": "eval.validation.max_docs limits the validation",
     "eval.validation.use_val_from_train_src": "validation documents come with each source",
-    "optim.cosine_theta": "the cosine schedule has no exponent",
     "optim.annealing_step": "belongs to a schedule that is not chosen",
     "optim.decay_fraction": "belongs to a schedule that is not chosen",
     "optim.exp_factor": "belongs to a schedule that is not chosen",
@@ -57,18 +59,20 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval.validation.root_dir": ((None, ""), "validation documents come with each source"),
     "eval.validation.sources": ((None, []), "validation documents come with each source"),
     "model.sliding_window": ((None,), "sliding-window attention is not available yet"),
+    "model.init_std_factor": (("disabled", None), "initial weights are not scaled with depth"),
     "model.n_future_head": ((1, None), "multi-token prediction is not available yet"),
+    "data.add_bos": ((True, None), "it is decided when the shards are prepared"),
+    "data.add_eos": ((True, None), "it is decided when the shards are prepared"),
+    "optim.cosine_theta": ((1, 1.0, None), "the cosine schedule has no exponent"),
     "optim.cycle_length": ((1, 1.0, None), "the cosine schedule has one cycle"),
 }
 
 
-def translate_lingua(job: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Apply the table to the YAML of a training job; other jobs' values pass unchanged.
+def translate_lingua(values: dict[str, Any]) -> None:
+    """Take Lingua's own keys out of the values of a training job, in place.
 
     Raises ConfigError for a key whose meaning would be lost.
     """
-    if job != "TrainConfig":
-        return values
     for dotted, why in _IGNORED.items():
         if _pop(values, dotted)[0]:
             log.warning("config: %s is ignored: %s", dotted, why)
@@ -76,7 +80,10 @@ def translate_lingua(job: str, values: dict[str, Any]) -> dict[str, Any]:
         found, value = _pop(values, dotted)
         if found and value not in off:
             raise ConfigError(f"{dotted}={value}: cannot be honoured: {why}; remove the key")
-    return values
+    tokenizer = (values.get("data") or {}).get("tokenizer") or {}
+    if isinstance(tokenizer, dict) and tokenizer.get("name", "bytes") == "bytes" and tokenizer.get("path"):
+        log.warning("config: data.tokenizer.path is ignored: bytes need no file")
+        del tokenizer["path"]
 
 
 def _pop(values: dict[str, Any], dotted: str) -> tuple[bool, Any]:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modular_lm.config.lingua import translate_lingua
+from modular_lm.config.schema import TrainConfig
 from modular_lm.errors import ConfigError
 
 T = TypeVar("T")
@@ -42,9 +43,11 @@ def load_config(cls: type[T], args: Sequence[str]) -> tuple[T, dict[str, Any]]:
     path, overrides = _split_args(args)
     given: dict[str, Any] = {}
     if path is not None:
-        given = translate_lingua(cls.__name__, _load_yaml(path))
+        given = _load_yaml(path)
     for dotted, raw in overrides:
         _set(given, dotted, _parse_value(cls, dotted, raw))
+    if cls is TrainConfig:
+        translate_lingua(given)
     return _build(cls, given, ""), given
 
 

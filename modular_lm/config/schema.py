@@ -109,7 +109,7 @@ class OptimConfig:
     epsilon: float = key(1e-8, "AdamW epsilon", gt=0)
     clip: float = key(1.0, "clip the global gradient norm to this", gt=0)
     scheduler: Scheduler = key("cosine", "learning-rate schedule after the warm-up")
-    warmup: int = key(2000, "steps of linear warm-up from 0", ge=0)
+    warmup: int = key(100, "steps of linear warm-up from 0", ge=0)
     lr_min_ratio: float = key(0.1, "final learning rate / peak learning rate", ge=0, le=1)
 
 
@@ -230,5 +230,5 @@ class GenerateConfig:
     top_p: float | None = key(
         None, "sample among the most likely tokens that hold this probability", gt=0, le=1
     )
-    seed: int = key(42, "seed of the sampling", ge=0)
+    seed: int = key(42, "seed of the sampling", ge=0, lt=2**63)
     out: str | None = key(None, "write a JSON line {prompt, text, tokens} to this file")

@@ -7,9 +7,7 @@ user's cache folder), under a lock: whoever comes second waits.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,6 +24,7 @@ from modular_lm.config.schema import PrepareConfig, TokenizerConfig
 from modular_lm.data.manifest import VERSION, Manifest
 from modular_lm.data.prepare import prepare_sources
 from modular_lm.errors import DataError
+from modular_lm.files import lock
 from modular_lm.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,12 +33,6 @@ BUILTIN = "builtin"
 # Of some 700 files, 5 % make a validation split worth averaging over.
 BUILTIN_DEFAULTS = PrepareConfig(val_fraction=0.05)
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-def find_builtin(config: TokenizerConfig) -> Path | None:
-    """The folder of the prepared built-in corpus, or None if it is yet to be made."""
-    folder = _folder(config)
-    return folder if _is_whole(folder) else None
 
 
 def ensure_builtin(config: TokenizerConfig) -> Path:
@@ -51,8 +44,7 @@ def ensure_builtin(config: TokenizerConfig) -> Path:
     folder = _folder(config)
     if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.parent / "lock"):
+    with lock(folder.parent / "lock"):
         if not _is_whole(folder):
             if folder.exists():
                 shutil.rmtree(folder)
@@ -113,14 +105,3 @@ def _is_whole(folder: Path) -> bool:
         return Manifest.load(folder).is_whole(folder)
     except DataError:
         return False
-
-
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that prepares the built-in corpus (%s)", file)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

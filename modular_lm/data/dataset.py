@@ -7,8 +7,6 @@ the process of the training loop; under Ray the same `Dataset.read` runs in Ray 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +43,14 @@ class Dataset:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         assert config.seed is not None, "Dataset takes a resolved config"
         self.seq_len = config.seq_len
-        self.weights = config.sources
         self.folders = source_folders(config, tokenizer)
         self._readers = [SourceReader(folder, "train") for folder in self.folders.values()]
-        self._tokenizer_hash = tokenizer.content_hash
+        self.tokenizer = tokenizer
         sources = [
             Source(name, weight, reader.n_windows(config.seq_len))
             for (name, weight), reader in zip(config.sources.items(), self._readers, strict=True)
         ]
         self.plan = DataPlan(sources, config.seed)
-
-    @property
-    def tokens_per_epoch(self) -> dict[str, int]:
-        """Tokens that one epoch of each source trains on."""
-        return {s.name: s.n_samples * self.seq_len for s in self.plan.sources}
 
     def read(self, index: Int64s) -> npt.NDArray[np.integer]:
         """The samples of the global indices `index` [n] -> tokens [n, seq_len + 1]."""
@@ -80,7 +72,7 @@ class Dataset:
         parts = {
             "data.seed": str(self.plan.seed),
             "data.seq_len": str(self.seq_len),
-            "data.tokenizer": self._tokenizer_hash,
+            "data.tokenizer": self.tokenizer.content_hash,
         }
         for source, reader in zip(self.plan.sources, self._readers, strict=True):
             parts[f"data.sources.{source.name}"] = (
@@ -121,12 +113,6 @@ class LocalLoader:
         for step in range(start, stop):
             index = np.arange(*rank_range(step, *self._batch), dtype=np.int64)
             yield StepRows(step, index, self._dataset.read(index))
-
-
-def digest(fingerprint: dict[str, str]) -> str:
-    """A fingerprint as one short text."""
-    text = json.dumps(fingerprint, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_fingerprint(stored: dict[str, str], current: dict[str, str]) -> None:

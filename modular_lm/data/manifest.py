@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modular_lm.errors import DataError
+from modular_lm.files import write_text_atomic
 from modular_lm.tokenizer import Tokenizer
 
 FORMAT = "modular-lm token shards"
@@ -143,14 +143,8 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write atomically and durably; from then on the folder is a source."""
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        partial = folder / f"{FILE}.tmp"
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(values, stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, folder / FILE)
-        sync_folder(folder)
+        text = json.dumps(values, indent=1, ensure_ascii=False)
+        write_text_atomic(folder / FILE, text + "\n")
 
     def split(self, name: str) -> Split:
         """The split of that name; KeyError for another than train or val."""
@@ -188,15 +182,6 @@ def check_size(file: Path, size: int) -> None:
         raise DataError(
             f"{file}: has {found:,} bytes, {FILE} says {size:,}: cut short or replaced; {_REPLACE}"
         )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, as fsync does for a file's content."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _from_json(file: Path, values: dict[str, Any]) -> Manifest:

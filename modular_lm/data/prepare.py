@@ -3,7 +3,7 @@
 `plan_sources` looks at everything that can be wrong before anything is written; `run_plans` does
 the work. How tasks are executed is a parameter (`serial` here, Ray Data in `ray_jobs.prepare`), so
 the result cannot depend on it. A source is built in `<dst>/<source>.partial` and renamed when it
-is whole; what an interrupted run left there is removed by the next.
+is whole, under a lock; what an interrupted run left there is removed by the next.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from modular_lm.data.manifest import (
     ShardInfo,
     Split,
     TokenizerId,
-    sync_folder,
 )
 from modular_lm.data.shards import ROW_TOKENS
 from modular_lm.data.shuffle import Recipe, ShardTask, SliceResult, SliceTask, tokenise, write_shard
 from modular_lm.errors import ConfigError, DataError
+from modular_lm.files import Locked, lock, sync_folder
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,10 @@ _LOG_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source to prepare into `folder`; `done` is its manifest if there is nothing to do."""
+    """One source to prepare into `folder`; `done` is its manifest if there is nothing to do.
+
+    overwrite: replace a source there that was prepared otherwise.
+    """
 
     name: str
     folder: Path
@@ -61,6 +64,7 @@ class SourcePlan:
     inputs: tuple[InputFile, ...]
     settings: Settings
     tokenizer: Tokenizer
+    overwrite: bool
     done: Manifest | None
 
 
@@ -111,7 +115,9 @@ def _plan_source(
     slices = tuple(part for file in files for part in split_file(file, SLICE_BYTES))
     if not done and not slices:
         raise DataError(f"src: the files of source {source.name} hold no documents")
-    return SourcePlan(source.name, folder, slices, inputs, settings, tokenizer, done)
+    return SourcePlan(
+        source.name, folder, slices, inputs, settings, tokenizer, config.overwrite, done
+    )
 
 
 def _already_prepared(
@@ -156,8 +162,8 @@ def _total(inputs: tuple[InputFile, ...]) -> str:
 def run_plans(plans: Sequence[SourcePlan], map_tasks: MapTasks) -> list[Manifest]:
     """Do what is planned, source after source; the tasks of a source run in parallel.
 
-    Raises DataError for input that turns out to be broken; then the source it belongs to leaves
-    nothing behind.
+    Raises DataError for input that turns out to be broken, and for a source that another process
+    is preparing or has prepared differently meanwhile; then that source leaves nothing behind.
     """
     manifests = []
     for plan in plans:
@@ -168,8 +174,29 @@ def run_plans(plans: Sequence[SourcePlan], map_tasks: MapTasks) -> list[Manifest
 
 
 def _run_plan(plan: SourcePlan, map_tasks: MapTasks) -> Manifest:
+    new_folders = [p for p in plan.folder.parents if not p.exists()]
+    try:
+        with lock(plan.folder.with_name(f".{plan.name}.lock"), blocking=False):
+            return _build(plan, map_tasks)
+    except Locked as error:
+        raise DataError(
+            f"dst: {plan.folder} is being prepared by {error.holder}; wait for it, or choose "
+            "another dst"
+        ) from error
+    except BaseException:
+        _remove_if_empty(new_folders)
+        raise
+
+
+def _build(plan: SourcePlan, map_tasks: MapTasks) -> Manifest:
+    """Prepare the source that `plan` describes; its lock is held."""
+    # Another process may have prepared it since the plan was made.
+    done = _already_prepared(
+        plan.folder, plan.overwrite, plan.settings, plan.inputs, plan.tokenizer
+    )
+    if done:
+        return done
     work = plan.folder.with_name(f"{plan.name}.partial")
-    new_folders = [p for p in work.parents if not p.exists()]
     if work.exists():
         shutil.rmtree(work)
     recipe = Recipe(plan.tokenizer, plan.settings, work)
@@ -183,7 +210,6 @@ def _run_plan(plan: SourcePlan, map_tasks: MapTasks) -> Manifest:
         _publish(work, plan.folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
-        _remove_if_empty(new_folders)
         raise
     return manifest
 

@@ -31,8 +31,8 @@ _MAX_OPEN = 128
 class SourceReader:
     """Reads one split of a source; can be pickled. Not for use by several threads at once.
 
-    Raises DataError for a folder that is no source, and, when a shard is first touched, for a shard
-    that does not fit its manifest.
+    Raises DataError for a folder that is no source; when unpickled, for one that holds other tokens
+    by then; and, when a shard is first touched, for a shard that does not fit its manifest.
     """
 
     def __init__(self, folder: Path, split: str = "train") -> None:
@@ -45,7 +45,7 @@ class SourceReader:
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SourceReader, (self.folder, self._split_name)
+        return _reopen, (self.folder, self._split_name, self.manifest.fingerprint)
 
     @property
     def n_tokens(self) -> int:
@@ -115,6 +115,17 @@ class SourceReader:
                 self._open.popitem(last=False)[1].close()
         self._open[number] = shard
         return shard
+
+
+def _reopen(folder: Path, split: str, fingerprint: str) -> SourceReader:
+    """The reader that was pickled. Raises DataError if the source holds other tokens now."""
+    reader = SourceReader(folder, split)
+    if reader.manifest.fingerprint != fingerprint:
+        raise DataError(
+            f"{folder}: has been prepared again since this run began, and holds other tokens now; "
+            "restore it, or use another dump_dir for a new run"
+        )
+    return reader
 
 
 def _documents(shard: ShardFile, n_tokens: int) -> Iterator[tuple[int, int]]:

@@ -126,7 +126,7 @@ class _RunBuilder:
     """Collects documents and writes them as runs, each a file sorted by key.
 
     A run is, in little-endian numbers: n, keys [n], ends [n] of the documents in tokens,
-    text_bytes [n], and the tokens; `_Run` maps it.
+    text_bytes [n], and the tokens; `_RunRange` maps it.
     """
 
     def __init__(self, recipe: Recipe, name: str) -> None:

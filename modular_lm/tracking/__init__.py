@@ -8,7 +8,7 @@ calls either. `snapshot` copies the code that ran.
 from modular_lm.tracking.console import ConsoleProgress
 from modular_lm.tracking.follower import Follower, replay
 from modular_lm.tracking.mlflow_projection import MlflowProjection, tracking_uri
-from modular_lm.tracking.run_folder import JsonLines, RunFolder, write_text_atomic
+from modular_lm.tracking.run_folder import JsonLines, RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
 
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "replay",
     "snapshot_code",
     "tracking_uri",
-    "write_text_atomic",
 ]

@@ -1,8 +1,14 @@
 """The MLflow run that mirrors a run's folder: what of its files goes where in MLflow.
 
 A projection: what MLflow holds follows from the files alone, so it may be made late, again, or into
-another store, and only what is missing is added (`mlflow_run`). Checkpoints are listed by step and
-path, not uploaded; `metrics.jsonl` is not either, its numbers are the metrics.
+another store, and only what is missing is added (`mlflow_run`). With one exception: MLflow keeps
+what it has, so steps that are done again after a resume keep their first values there if those were
+sent before the files were cut. Checkpoints are listed by step and path, not uploaded;
+`metrics.jsonl` is not either, its numbers are the metrics.
+
+A folder's event log may hold several `created`, each of a new run that began before any checkpoint
+of the one before it: the last is the run that the files tell of. Lines of an earlier one, which lie
+in the metrics files until rank 0 cuts them, are older than the last `created`.
 
 Whatever is thrown here (no server, a locked database) is for `follower` to report and try again.
 """
@@ -79,6 +85,9 @@ class MlflowProjection:
         self._folder = folder
         self._experiment = experiment
         self._run_name = run_name
+        self._created: dict[str, Any] | None = None
+        # The run in the folder began at this time, where another began there before it.
+        self._not_older_than = ""
         self._run: MlflowRun | None = None
         self._events: list[dict[str, Any]] = []
         self._training: list[list[Point]] = []
@@ -87,15 +96,19 @@ class MlflowProjection:
 
     def event(self, line: dict[str, Any]) -> None:
         """Take one line of the event log."""
+        if line["event"] == "created":
+            self._begin_run(line)
         self._events.append(line)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Take one training line."""
-        self._training.append(marked_points_of(line))
+        if line["created_at"] >= self._not_older_than:
+            self._training.append(marked_points_of(line))
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """Take one validation or evaluation line."""
-        self._evaluation.append(points_of(line))
+        if line["created_at"] >= self._not_older_than:
+            self._evaluation.append(points_of(line))
 
     def flush(self) -> None:
         """Send what was taken and is not there yet; after an error, ask MLflow what is there."""
@@ -118,14 +131,21 @@ class MlflowProjection:
         if self._run is not None:
             self._uploads.send(self._run, now=True)
 
+    def _begin_run(self, created: dict[str, Any]) -> None:
+        """Turn to the run that `created` begins, and forget what is pending of another one."""
+        before, self._created = self._created, created
+        if before is None or before["uid"] == created["uid"]:
+            return
+        self._not_older_than = created["time"]
+        self._run = None
+        self._events, self._training, self._evaluation = [], [], []
+        self._uploads = _Uploads(self._folder)
+
     def _find_run(self) -> MlflowRun:
-        created = next((e for e in self._folder.events() if e.get("event") == "created"), None)
-        if created is None:
+        if self._created is None:
             raise RuntimeError(f"{self._folder.events_file}: does not say when the run was created")
-        began = milliseconds(created["time"])
-        return find_or_create(
-            self.tracking_uri, self._experiment, created["uid"], self._run_name, began
-        )
+        uid, began = self._created["uid"], milliseconds(self._created["time"])
+        return find_or_create(self.tracking_uri, self._experiment, uid, self._run_name, began)
 
 
 def _describe(run: MlflowRun, events: Iterable[dict[str, Any]], folder: RunFolder) -> None:
@@ -232,12 +252,26 @@ class _Uploads:
 
 
 def checkpoint_list(folder: RunFolder) -> list[dict[str, Any]]:
-    """All checkpoints that were saved, by step: `{step, path, complete}`.
+    """All checkpoints that the run has saved, by step: `{step, path, complete}`.
 
-    `complete` is false once a checkpoint has been removed; one at a URI is not looked up.
+    Those of the event log, and those that lie there without an event: a crash may have come between
+    the two. `complete` is false once a checkpoint has been removed; one at a URI is not looked up.
     """
-    paths = {e["step"]: str(e["path"]) for e in folder.events() if e.get("event") == "checkpoint"}
+    events = _events_of_last_run(folder)
+    paths = {e["step"]: str(e["path"]) for e in events if e.get("event") == "checkpoint"}
+    found = (file.parent for file in folder.checkpoints.glob("*/COMPLETE"))
+    paths |= {int(path.name): str(path) for path in found if path.name.isdigit()}
     return [
         {"step": step, "path": path, "complete": "://" in path or Path(path, "COMPLETE").exists()}
         for step, path in sorted(paths.items())
     ]
+
+
+def _events_of_last_run(folder: RunFolder) -> list[dict[str, Any]]:
+    """The events from the last `created` on."""
+    events: list[dict[str, Any]] = []
+    for event in folder.events():
+        if event.get("event") == "created":
+            events = []
+        events.append(event)
+    return events

@@ -3,8 +3,10 @@
 These files are the truth about a run and need none of our tools to be read. MLflow and the
 terminal are readers of them (`follower`), so an outage there costs nothing here.
 
-`events.jsonl` is appended by the driver's side only; one line is
-`{"time": ISO 8601 UTC, "event": kind, ...}` with these kinds and fields:
+`events.jsonl` is appended by processes of one host only, for which appends are safe on a shared
+file system too: with Ray those on the driver's host (the driver itself, Ray Train's controller, the
+dataset manager), without Ray rank 0. One line is `{"time": ISO 8601 UTC, "event": kind, ...}` with
+these kinds and fields:
 
     created         uid, name, global_batch_size, batch_size, grad_acc_steps, data (fingerprint)
     attempt         attempt, start_step, world_size, hosts, config_changes ("key: old -> new", ...)
@@ -23,20 +25,16 @@ column of numbers, and its field `nonfinite` says what it was: `{"loss/out": "na
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from modular_lm.errors import RunFailedError
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+from modular_lm.files import full_disk_named, replacing, write_text_atomic
 
 
 class RunFolder:
@@ -77,11 +75,6 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """One folder per saved step, unless `checkpoint.path` names another place."""
         return self.path / "checkpoints"
-
-    @property
-    def evals(self) -> Path:
-        """One folder of results per evaluated step."""
-        return self.path / "evals"
 
     @property
     def ray(self) -> Path:
@@ -185,7 +178,7 @@ class JsonLines:
                 return 0
             old.seek(0)
             dropped = 0
-            with _replacing(self.path) as new:
+            with replacing(self.path) as new:
                 for raw in old:
                     if _is_cut(raw, step):
                         dropped += 1
@@ -213,15 +206,6 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a file so that readers find either the old or the new text, never a part.
-
-    Raises RunFailedError on a full disk.
-    """
-    with _replacing(path) as file:
-        file.write(text.encode("utf-8"))
-
-
 def _is_cut(raw: bytes, step: int) -> bool:
     line = parse_line(raw)
     return line is None or line.get("global_step", step) > step
@@ -233,7 +217,7 @@ def _append(path: Path, line: dict[str, Any], *, sync: bool) -> None:
     if nonfinite:
         line["nonfinite"] = nonfinite
     data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-    with _full_disk_named(path):
+    with full_disk_named(path):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if not _ends_with_newline(descriptor):
@@ -264,33 +248,6 @@ def _finite(value: Any, name: str, found: dict[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item, f"{name}.{i}", found) for i, item in enumerate(value)]
     return value
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends; removed if the block fails."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with _full_disk_named(path), open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL_DISK:
-            raise
-        raise RunFailedError(
-            f"{path}: {error.strerror}; free some space there, then run the same command again"
-        ) from error
 
 
 def _now() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import modular_lm
+from modular_lm.files import write_text_atomic
 
 _PACKAGES = ("modular_lm", "ray_jobs", "cluster")
 _CHECKOUT_ONLY = ("configs", "pyproject.toml")
@@ -43,7 +44,7 @@ def snapshot_code(destination: Path) -> dict[str, Any]:
             shutil.copytree(source, incoming / name, ignore=_ignored)
         else:
             shutil.copy2(source, incoming / name)
-    (incoming / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    write_text_atomic(incoming / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
     # A folder that is not empty cannot be replaced by one call.
     if destination.exists():
         destination.rename(outgoing)

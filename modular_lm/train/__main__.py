@@ -10,6 +10,7 @@ ranks is torchrun's (`ray.num_workers` is not used) and batches are read in proc
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from modular_lm.cli import run_job, setup_logging
@@ -41,18 +42,24 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     return 0
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> int:
     import torch.distributed as dist
 
     from modular_lm.parallel import init_world
     from modular_lm.train.worker import train_rank
 
     world = init_world()
+
+    def record(kind: str, fields: dict[str, Any]) -> None:
+        if world.rank == 0:
+            run.folder.append_event(kind, **fields)
+
     try:
-        start = world.broadcast(run.begin_attempt(world.size) if world.rank == 0 else None)
+        hosts = world.gather(socket.gethostname())
+        start = world.broadcast(run.begin_attempt(hosts) if world.rank == 0 else None)
         loader = LocalLoader(run.dataset, run.global_batch_size, world.rank, world.size)
         steps = loader.steps(start, run.stop_step)
-        train_rank(run, world, start, steps, on_saved=lambda saved: None)
+        return train_rank(run, world, start, steps, record).step
     finally:
         dist.destroy_process_group()
 

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from modular_lm.config import TrainConfig, to_dict
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
+from modular_lm.files import write_text_atomic
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
-from modular_lm.tracking.run_folder import write_text_atomic
 from modular_lm.train import inventory
 
 _TOKENIZER = "tokenizer.model"
@@ -159,13 +159,14 @@ def load_for_inference(
 ) -> tuple[LanguageModel, Tokenizer, TrainConfig, Path]:
     """The model (fp32, eval mode), tokenizer and config of the checkpoint that `path` names.
 
-    Works in one process without a process group. Raises CheckpointError.
+    On a GPU if there is one and `device` is not given. Works in one process without a process
+    group. Raises CheckpointError.
     """
     folder = inventory.find(path)
     inventory.verify(folder)
     config = read_config(folder)
     tokenizer = build_tokenizer(config.data.tokenizer)
-    device = device or torch.device("cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = LanguageModel(config.model)
     model.to_empty(device=device)

@@ -7,22 +7,20 @@ in threads; the event log gets its last line. Used by the Ray driver and, withou
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from modular_lm.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, UserFacingError
 from modular_lm.errors import reason as reason_of
+from modular_lm.files import Locked, lock
 from modular_lm.tracking.console import ConsoleProgress
 from modular_lm.tracking.follower import Follower, Sink
 from modular_lm.tracking.mlflow_projection import MlflowProjection, tracking_uri
 from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import step_folder
 from modular_lm.train.run import Run
 
 log = logging.getLogger(__name__)
@@ -30,17 +28,20 @@ log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def drive(run: Run, given: dict[str, Any], execute: Callable[[], None]) -> int:
-    """Run `execute` (which trains) with everything around it; returns the exit code.
+def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) -> int:
+    """Run `execute` with everything around it; returns the exit code.
 
-    given: the config as the user gave it. Raises ConfigError if another process trains this run.
+    given: the config as the user gave it; execute: trains and returns the step at which training
+    ended, None if it was stopped before it began. Raises ConfigError if another process trains
+    this run.
     """
     folder = run.folder
     mirrors = _mirrors(run)
     if run.is_complete:
         print(f"{run.config.name} is complete: step {run.done_steps} of {run.stop_step}")
         print(where_things_are(run), flush=True)
-        # The driver may have died before its last line, or MLflow been away.
+        # The driver may have died before its last lines, or MLflow been away.
+        run.record_checkpoints()
         if (folder.last_event("end") or {}).get("status") != "done":
             _end(run, "done", EXIT_DONE, None)
         _follow(folder, mirrors).stop()
@@ -50,7 +51,7 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], None]) -> int:
         follower = _follow(folder, [ConsoleProgress(run.stop_step), *mirrors])
         try:
             with stop_on_signals(folder):
-                execute()
+                step = execute()
         except KeyboardInterrupt:
             _end(run, "stopped", EXIT_STOPPED, "interrupted twice, without a checkpoint")
             follower.stop()
@@ -61,7 +62,7 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], None]) -> int:
             follower.stop()
             raise
         stopped = folder.stop_requested()
-        complete = run.is_complete
+        complete = step is not None and step >= run.stop_step
         code = EXIT_DONE if complete else EXIT_STOPPED
         _end(run, "done" if complete else "stopped", code, None if complete else stopped)
         folder.clear_stop()
@@ -75,12 +76,10 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], None]) -> int:
 def where_things_are(run: Run) -> str:
     """Paths of what a run has left, for the end of a job's output."""
     folder, mlflow = run.folder, run.config.logging.mlflow
-    checkpoint = f"{run.done_steps:010d}"
-    lines = [
-        f"  run folder   {folder.path}",
-        f"  checkpoint   {folder.checkpoints / checkpoint}",
-        f"  metrics      {folder.metrics.path}",
-    ]
+    lines = [f"  run folder   {folder.path}"]
+    if run.done_steps:
+        lines.append(f"  checkpoint   {step_folder(folder.checkpoints, run.done_steps)}")
+        lines.append(f"  metrics      {folder.metrics.path}")
     if mlflow.enabled:
         lines.append(f"  MLflow       {tracking_uri(mlflow.tracking_uri, folder.path)}")
     return "\n".join(lines)
@@ -135,20 +134,11 @@ def _end(run: Run, status: str, code: int, why: str | None) -> None:
 @contextlib.contextmanager
 def _only_one(folder: RunFolder) -> Iterator[None]:
     """Hold the run's lock, so that two commands never train in one folder."""
-    path = Path(folder.ray) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"dump_dir={folder.path}: is being trained by {file.read().strip()}; "
-                "wait for it, stop it, or use another dump_dir"
-            ) from None
-        except OSError:
-            log.warning("%s: this file system has no locks; start this run only once", path)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+    try:
+        with lock(folder.ray / "driver.lock", blocking=False):
+            yield
+    except Locked as error:
+        raise ConfigError(
+            f"dump_dir={folder.path}: is being trained by {error.holder}; "
+            "wait for it, stop it, or use another dump_dir"
+        ) from None

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import socket
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import yaml
 
 from modular_lm.config import TrainConfig, to_dict, to_yaml
 from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
+from modular_lm.config.load import from_dict
 from modular_lm.data.dataset import Dataset, check_fingerprint
-from modular_lm.errors import ConfigError
+from modular_lm.errors import ConfigError, reason
+from modular_lm.files import write_text_atomic
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
-from modular_lm.tracking.run_folder import RunFolder, write_text_atomic
+from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
-from modular_lm.train.inventory import newest_step
+from modular_lm.train.inventory import complete_steps, newest_step, step_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,14 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
         token = dataclasses.replace(token, path=str(tokenizer.file.resolve()))
     root = resolved.data.root_dir
     data = dataclasses.replace(
-        resolved.data, tokenizer=token, root_dir=root and str(Path(root).resolve())
+        resolved.data, tokenizer=token, root_dir=root and str(Path(root).expanduser().resolve())
     )
     assert resolved.dump_dir is not None
-    dump_dir = str(Path(resolved.dump_dir).resolve())
+    if "://" in resolved.dump_dir:
+        raise ConfigError(
+            f"dump_dir={resolved.dump_dir}: must be a folder that all nodes share, not a URI"
+        )
+    dump_dir = str(Path(resolved.dump_dir).expanduser().resolve())
     return dataclasses.replace(resolved, data=data, dump_dir=dump_dir), tokenizer
 
 
@@ -63,6 +69,7 @@ class Run:
     stop_step: int
     config_changes: tuple[str, ...]
     is_new: bool
+    launched_at: str = ""
 
     @property
     def done_steps(self) -> int:
@@ -77,6 +84,7 @@ class Run:
         """Create the folder if need be and write what describes the run. Driver only."""
         self.folder.create()
         self.folder.clear_stop()
+        self.launched_at = datetime.now(UTC).isoformat()
         write_text_atomic(self.folder.config, to_yaml(to_dict(self.config)))
         write_text_atomic(self.folder.base_config, to_yaml(given))
         snapshot_code(self.folder.code)
@@ -91,19 +99,37 @@ class Run:
                 data=self.dataset.fingerprint(),
             )
 
-    def begin_attempt(self, world_size: int, hosts: list[str] | None = None) -> int:
-        """Pick the newest complete checkpoint, record the attempt, return its start step."""
+    def begin_attempt(self, hosts: list[str]) -> int:
+        """Pick the newest complete checkpoint, record the attempt, return its start step.
+
+        hosts: the machine of every rank.
+        """
+        self.record_checkpoints()
         start = self.done_steps
         attempts = sum(1 for event in self.folder.events() if event["event"] == "attempt")
         self.folder.append_event(
             "attempt",
             attempt=attempts + 1,
             start_step=start,
-            world_size=world_size,
-            hosts=hosts or [socket.gethostname()],
+            world_size=len(hosts),
+            hosts=sorted(set(hosts)),
             config_changes=list(self.config_changes),
         )
         return start
+
+    def record_checkpoints(self) -> None:
+        """Add the events of checkpoints whose writer was killed before it could report them."""
+        events = (e for e in self.folder.events() if e["event"] == "checkpoint")
+        known = {event["step"] for event in events}
+        for step in complete_steps(self.folder.checkpoints):
+            if step not in known:
+                path = step_folder(self.folder.checkpoints, step)
+                self.folder.append_event("checkpoint", step=step, path=str(path))
+
+    def events_since_launch(self, kind: str) -> list[dict[str, Any]]:
+        """The events of this kind that belong to the command that is running now."""
+        found = (e for e in self.folder.events() if e["event"] == kind)
+        return [event for event in found if event["time"] >= self.launched_at]
 
     def describe_data(self, step: int) -> dict[str, float]:
         """Epoch and share of each source in the global batch that ended step `step`."""
@@ -127,24 +153,38 @@ def open_run(config: TrainConfig, tokenizer: Tokenizer, world_size: int) -> Run:
     assert config.dump_dir is not None
     for warning in warnings_of(config):
         log.warning("%s", warning)
-    dataset = Dataset(config.data, tokenizer)
     folder = RunFolder(config.dump_dir)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ConfigError(f"dump_dir={folder.path}: is a file; choose a folder")
     created = folder.last_event("created")
     stop_step = config.stop_at or config.steps
     implied = global_batch_size(config, world_size)
     if created is None or newest_step(folder.checkpoints) == 0:
         # Nothing was saved yet, so nothing can be contradicted.
+        dataset = Dataset(config.data, tokenizer)
         same = created is not None and _is_same_run(config, folder, dataset, implied, created)
         return Run(config, folder, tokenizer, dataset, implied, stop_step, (), not same)
-    refused, allowed = changes(yaml.safe_load(folder.config.read_text()), config)
+    refused, allowed = changes(_stored_config(folder, tokenizer), config)
     if refused:
         raise ConfigError(
             f"dump_dir={folder.path}: holds a run whose {'; '.join(refused)}: these cannot change "
             "within a run; use another dump_dir (or name) for a new one"
         )
+    dataset = Dataset(config.data, tokenizer)
     check_fingerprint(created["data"], dataset.fingerprint())
     batch = _stored_batch(config, created, implied, world_size)
     return Run(config, folder, tokenizer, dataset, batch, stop_step, tuple(allowed), False)
+
+
+def _stored_config(folder: RunFolder, tokenizer: Tokenizer) -> TrainConfig:
+    """The config of the latest attempt; keys that are newer than it have their defaults."""
+    try:
+        values = yaml.safe_load(folder.config.read_text())
+        return resolve(from_dict(TrainConfig, values), tokenizer.n_words)
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(
+            f"{folder.config}: {reason(error)}; the run cannot be continued"
+        ) from error
 
 
 def _is_same_run(
@@ -154,7 +194,10 @@ def _is_same_run(
     batch: int,
     created: dict[str, Any],
 ) -> bool:
-    refused, _ = changes(yaml.safe_load(folder.config.read_text()), config)
+    try:
+        refused, _ = changes(_stored_config(folder, dataset.tokenizer), config)
+    except (ConfigError, OSError):
+        return False
     same_data = created["data"] == dataset.fingerprint()
     return not refused and same_data and created["global_batch_size"] == batch
 

@@ -24,7 +24,7 @@ from modular_lm.data.dataset import StepRows, rank_range
 from modular_lm.errors import RunFailedError
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
 from modular_lm.model.flops import flops_per_token
-from modular_lm.optim import build_optimizer, learning_rate
+from modular_lm.optim import apply_settings, build_optimizer, learning_rate
 from modular_lm.parallel import World, build_model, sync_gradients
 from modular_lm.tokenizer import Tokenizer
 from modular_lm.tracking.run_folder import RunFolder
@@ -104,6 +104,7 @@ class Trainer:
             return
         folder = inventory.step_folder(self.folder.checkpoints, start_step)
         state = checkpoint.load(folder, self.model, self.optimizer, self.world)
+        apply_settings(self.optimizer, self.config.optim)
         if (state.step, state.global_batch_size) != (start_step, self.global_batch_size):
             raise RunFailedError(
                 f"{folder}: holds step {state.step} of {state.global_batch_size} samples a step, "

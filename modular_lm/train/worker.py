@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from modular_lm.data.dataset import StepRows
 from modular_lm.eval.perplexity import Validation
+from modular_lm.files import lock
 from modular_lm.parallel import World
 from modular_lm.train.run import Run
 from modular_lm.train.trainer import Callbacks, Outcome, Trainer
@@ -17,22 +19,14 @@ def train_rank(
     world: World,
     start_step: int,
     steps: Iterator[StepRows],
-    on_saved: Callable[[dict[str, Any]], None],
+    record: Callable[[str, dict[str, Any]], None],
 ) -> Outcome:
     """Build the model, resume at `start_step`, train to `run.stop_step`. A collective.
 
-    on_saved: called on every rank after each checkpoint. Files of the run are written by rank 0.
+    record: takes the events `checkpoint` and `validation` with their fields; called on every
+    rank. Metrics files are written by rank 0.
     """
     c, folder, leads = run.config, run.folder, world.rank == 0
-    validation = None
-    if c.eval.validation.max_docs:
-        validation = Validation(
-            run.dataset.folders,
-            run.tokenizer,
-            c.data.seq_len,
-            c.eval.validation.max_docs,
-            c.eval.validation.batch_size or c.data.batch_size,
-        )
 
     def metrics(line: dict[str, Any]) -> None:
         if leads:
@@ -41,13 +35,11 @@ def train_rank(
     def evaluation(line: dict[str, Any]) -> None:
         if leads:
             folder.eval_metrics.append(line)
-            scores = {k: v for k, v in line.items() if k.endswith(("/nll", "/bpb"))}
-            folder.append_event("validation", step=line["global_step"], **scores)
+        scores = {k: v for k, v in line.items() if k.endswith(("/nll", "/bpb"))}
+        record("validation", {"step": line["global_step"], **scores})
 
     def saved(checkpoint: dict[str, Any]) -> None:
-        if leads:
-            folder.append_event("checkpoint", **checkpoint)
-        on_saved(checkpoint)
+        record("checkpoint", checkpoint)
 
     def stop() -> str | None:
         return folder.stop_requested() if leads else None
@@ -59,11 +51,42 @@ def train_rank(
         run.tokenizer,
         run.global_batch_size,
         Callbacks(metrics, evaluation, saved, stop),
-        validation,
+        _validation(run),
     )
-    trainer.resume(start_step)
-    if leads:
-        # Steps that an earlier attempt did after this checkpoint are done, and written, again.
-        folder.metrics.cut_after(start_step)
-        folder.eval_metrics.cut_after(start_step)
-    return trainer.run(steps, run.stop_step)
+    with _alone(run, world):
+        trainer.resume(start_step)
+        if leads:
+            # Steps that an earlier attempt did after this checkpoint are done, and written, again.
+            folder.metrics.cut_after(start_step)
+            folder.eval_metrics.cut_after(start_step)
+        return trainer.run(steps, run.stop_step)
+
+
+def _validation(run: Run) -> Validation | None:
+    c = run.config
+    if c.eval.validation.max_docs == 0:
+        return None
+    return Validation(
+        run.dataset.folders,
+        run.tokenizer,
+        c.data.seq_len,
+        c.eval.validation.max_docs,
+        c.eval.validation.batch_size or c.data.batch_size,
+    )
+
+
+@contextlib.contextmanager
+def _alone(run: Run, world: World) -> Iterator[None]:
+    """Let no two worker groups write to the run's folder.
+
+    The workers of a driver that was killed live on for some seconds; the next attempt waits here
+    until their rank 0 is gone. A collective.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def wait() -> None:
+            if world.rank == 0:
+                stack.enter_context(lock(run.folder.ray / "writer.lock"))
+
+        world.together(wait, "waiting for the workers of an earlier attempt")
+        yield

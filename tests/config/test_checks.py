@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modular_lm.config import TrainConfig, load_config, to_dict
+from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
 from modular_lm.errors import ConfigError
 
@@ -29,6 +29,12 @@ def test_sum_scale_counts_chunks_and_summaries_of_training() -> None:
     assert resolved("model.module_seq_len=null").model.module_sum_scale == 1.0
 
 
+def test_the_order_in_which_sources_are_listed_does_not_matter() -> None:
+    one = resolved("data.sources={b: 1, a: 1}").data.sources
+    other = resolved("data.sources={a: 1, b: 1}").data.sources
+    assert [*one.items()] == [*other.items()]
+
+
 def test_weights_of_sources_are_normalised() -> None:
     assert resolved("data.sources={a: 80, b: 20}").data.sources == {"a": 0.8, "b": 0.2}
 
@@ -39,6 +45,9 @@ def test_weights_of_sources_are_normalised() -> None:
         (["model.dim=100", "model.n_heads=8"], "model.dim=100"),
         (["model.n_heads=8", "model.n_kv_heads=3"], "model.n_kv_heads=3"),
         (["model.dim=24", "model.n_heads=8"], "model.head_dim=3"),
+        (["model.dim=64", "model.head_dim=128"], "model.head_dim=128"),
+        (["model.dim=100", "model.head_dim=64"], "model.head_dim=64"),
+        (["model.ffn_dim_multiplier=0.0001"], "model.ffn_dim_multiplier=0.0001"),
         (["model.module_n_summary=3"], "model.module_n_summary=3"),
         (["model.module_agg=stack", "model.module_agg_dim=20"], "model.module_agg_dim=20"),
         (["model.vocab_size=100"], "model.vocab_size=100"),
@@ -74,7 +83,7 @@ def test_global_batch_size() -> None:
 
 
 def test_a_run_may_change_its_optimizer_but_not_its_model_or_data() -> None:
-    old = to_dict(resolved())
+    old = resolved()
     refused, allowed = changes(old, resolved("optim.lr=1e-4", "stop_at=50"))
     assert (refused, allowed) == ([], ["optim.lr: 0.0003 -> 0.0001"])
     refused, _ = changes(old, resolved("model.dim=64", "data.sources={web: 1}"))

@@ -67,6 +67,13 @@ def test_a_lingua_config_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert f"{ignored} is ignored" in caplog.text
 
 
+def test_the_table_holds_for_the_command_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_config(TrainConfig, ["data.prefetch_size=4", "data.tokenizer.path=unused"])
+    assert "data.prefetch_size is ignored" in caplog.text
+    assert "data.tokenizer.path is ignored" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("part", "key"),
     [
@@ -74,6 +81,8 @@ def test_a_lingua_config_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         ("model: {sliding_window: 128}", "model.sliding_window=128"),
         ("checkpoint: {init_ckpt_path: /x}", "checkpoint.init_ckpt_path=/x"),
         ("model: {n_future_head: 4}", "model.n_future_head=4"),
+        ("optim: {cosine_theta: 3.0}", "optim.cosine_theta=3.0"),
+        ("data: {add_bos: false}", "data.add_bos=False"),
     ],
 )
 def test_what_would_train_something_else_is_refused(tmp_path: Path, part: str, key: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from modular_lm.config import PrepareConfig, TokenizerConfig
 from modular_lm.data import builtin
-from modular_lm.data.builtin import ensure_builtin, find_builtin, prepare_builtin, standard_library
+from modular_lm.data.builtin import ensure_builtin, prepare_builtin, standard_library
 from modular_lm.data.manifest import Manifest
 from modular_lm.data.reader import SourceReader
 from modular_lm.errors import ConfigError
@@ -39,11 +39,9 @@ def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_real_text_of_a_useful_size(cache: Path) -> None:
-    assert find_builtin(BYTES) is None
-    assert not cache.exists()  # looking does nothing
     folder = ensure_builtin(BYTES)
-    assert find_builtin(BYTES) == folder
     assert cache in folder.parents
+    assert [p.name for p in folder.parent.iterdir()] == ["builtin"]
     manifest = Manifest.load(folder)
     assert 5e6 < manifest.train.text_bytes < 20e6
     assert manifest.val.documents >= 10
@@ -71,7 +69,6 @@ def test_prepared_once(small_library: Path) -> None:
 def test_a_damaged_cache_is_made_again(small_library: Path) -> None:
     folder = ensure_builtin(BYTES)
     (folder / "train-00000.parquet").unlink()
-    assert find_builtin(BYTES) is None
     assert ensure_builtin(BYTES) == folder
     assert Manifest.load(folder).is_whole(folder)
 
@@ -98,7 +95,7 @@ def test_concurrent_callers_wait_for_one_of_them(cache: Path) -> None:
     ]
     outputs = [p.communicate(timeout=120) for p in processes]
     assert [p.returncode for p in processes] == [0, 0, 0], outputs
-    assert {out.strip() for out, _ in outputs} == {str(find_builtin(BYTES))}
+    assert {out.strip() for out, _ in outputs} == {str(ensure_builtin(BYTES))}
     assert sum("preparing the built-in corpus" in err for _, err in outputs) == 1
 
 
@@ -111,11 +108,11 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert builtin._cache() == tmp_path / ".cache" / "modular-lm"
 
 
-def test_into_a_folder_of_ones_own(small_library: Path, tmp_path: Path) -> None:
+def test_into_a_folder_of_ones_own(small_library: Path, cache: Path, tmp_path: Path) -> None:
     manifest = prepare_builtin(PrepareConfig(dst=str(tmp_path / "dst"), seed=3))
     assert Manifest.load(tmp_path / "dst" / "builtin") == manifest
     assert manifest.settings.seed == 3
-    assert find_builtin(BYTES) is None
+    assert not cache.exists()
 
 
 def test_a_bad_tokenizer_is_the_users_mistake(cache: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +22,7 @@ import zstandard
 from modular_lm.config import PrepareConfig, TokenizerConfig
 from modular_lm.data import prepare, shuffle
 from modular_lm.data.manifest import Manifest
-from modular_lm.data.prepare import plan_sources, prepare_sources, serial
+from modular_lm.data.prepare import plan_sources, prepare_sources, run_plans, serial
 from modular_lm.data.reader import SourceReader
 from modular_lm.data.shuffle import document_key, is_validation
 from modular_lm.errors import ConfigError, DataError
@@ -268,6 +270,35 @@ def test_debris_of_a_killed_run_is_swept(config: PrepareConfig, tmp_path: Path) 
         Manifest.load(dst / "wiki.partial")
     assert prepared(config) == expected
     assert [p.name for p in dst.iterdir()] == ["wiki"]
+
+
+def test_two_at_once_are_refused(config: PrepareConfig, tmp_path: Path) -> None:
+    """The second comes while the first works, whatever it wants to make of the source."""
+    refused = []
+
+    def interfering(function, tasks):
+        with pytest.raises(DataError) as caught:
+            prepare_sources(replace(config, seed=7))
+        refused.append(str(caught.value))
+        return serial(function, tasks)
+
+    (manifest,) = prepare_sources(config, map_tasks=interfering)
+    assert len(refused) == 2  # one in each pass
+    assert set(refused) == {
+        f"dst: {tmp_path / 'dst' / 'wiki'} is being prepared by process {os.getpid()} on "
+        f"{socket.gethostname()}; wait for it, or choose another dst"
+    }
+    assert Manifest.load(tmp_path / "dst" / "wiki") == manifest
+    assert [p.name for p in (tmp_path / "dst").iterdir()] == ["wiki"]
+
+
+def test_what_another_has_prepared_since_the_plan_is_not_replaced(config: PrepareConfig) -> None:
+    plans = plan_sources(config)
+    other_plans = plan_sources(replace(config, seed=7))
+    made = prepare_sources(config)
+    assert run_plans(plans, no_tasks) == made
+    with pytest.raises(DataError, match=r"wiki is already prepared.*: seed: 42 -> 7;"):
+        run_plans(other_plans, no_tasks)
 
 
 # ------------------------------------------------------------------ bad input

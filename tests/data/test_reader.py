@@ -126,6 +126,16 @@ def test_a_reader_can_be_pickled_after_use(tmp_path: Path) -> None:
     assert np.array_equal(copy.windows(np.arange(5), 20), windows)
 
 
+def test_a_source_that_was_prepared_again_is_noticed(tmp_path: Path) -> None:
+    make_source(tmp_path, [[50], [60]])
+    pickled = pickle.dumps(SourceReader(tmp_path))
+    make_source(tmp_path, [[50], [60]])
+    pickle.loads(pickled)  # the same tokens again
+    make_source(tmp_path, [[60], [50]])
+    with pytest.raises(DataError, match=r": has been prepared again since this run began"):
+        pickle.loads(pickled)
+
+
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_MAX_OPEN", 3)
     docs = make_source(tmp_path, [[20]] * 12)

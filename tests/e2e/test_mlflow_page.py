@@ -19,8 +19,8 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from modular_lm.files import write_text_atomic
 from modular_lm.tracking import MlflowProjection, RunFolder, replay, snapshot_code
-from modular_lm.tracking.run_folder import write_text_atomic
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -80,6 +80,20 @@ def test_killed_worker_the_run_finishes_by_itself_with_the_same_loss(
     assert failures
 
 
+def test_worker_killed_after_the_last_checkpoint_the_run_is_complete(
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "late")
+    job = jobs.start("ray_jobs.train", *TINY, where)
+    wait_until(lambda: 40 in complete_steps(folder.checkpoints), "the last checkpoint")
+    for worker in train_workers(jobs.environment):
+        worker.send_signal(signal.SIGKILL)
+    finish(job)
+    assert losses(folder) == losses(uninterrupted)
+    recorded = sorted(e["step"] for e in folder.events() if e["event"] == "checkpoint")
+    assert recorded == [10, 20, 30, 40]
+
+
 def test_sigterm_saves_exits_3_and_the_same_command_continues(
     uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
 ) -> None:

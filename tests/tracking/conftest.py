@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from modular_lm.tracking.mlflow_run import find_or_create
+from modular_lm.tracking.run_folder import RunFolder
+from tests.tracking.mlflow_store import new_run
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,9 @@ def runs_dir(tmp_path: Path, store_template: Path, monkeypatch: pytest.MonkeyPat
     runs.mkdir()
     shutil.copyfile(store_template, runs / "mlflow.db")
     return runs
+
+
+@pytest.fixture
+def folder(runs_dir: Path) -> RunFolder:
+    """A run that has just begun, in a folder of `runs_dir`."""
+    return new_run(runs_dir / "demo")

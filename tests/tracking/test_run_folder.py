@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import multiprocessing
@@ -14,13 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modular_lm.errors import RunFailedError
-from modular_lm.tracking.run_folder import (
-    JsonLines,
-    RunFolder,
-    metric_values,
-    parse_line,
-    write_text_atomic,
-)
+from modular_lm.tracking.run_folder import JsonLines, RunFolder, metric_values, parse_line
 
 
 @pytest.fixture
@@ -161,29 +154,6 @@ def test_short_write_is_a_full_disk(folder: RunFolder, monkeypatch: pytest.Monke
     monkeypatch.undo()
     folder.metrics.append({"global_step": 2})
     assert _steps(folder.metrics) == [2]
-
-
-def test_exceeded_quota_names_the_file(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def over_quota(*_: object) -> int:
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-    monkeypatch.setattr(os, "fsync", over_quota)
-    with pytest.raises(RunFailedError, match=r"config\.yaml: Disk quota exceeded"):
-        write_text_atomic(folder.config, "name: x\n")
-    assert not folder.config.exists()
-
-
-def test_write_text_atomic_replaces(folder: RunFolder) -> None:
-    write_text_atomic(folder.config, "name: ä\n")
-    write_text_atomic(folder.config, "name: b\n")
-    assert folder.config.read_text() == "name: b\n"
-    assert folder.config.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_stop_request(folder: RunFolder) -> None:

@@ -140,6 +140,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(
     assert all(torch.equal(left[n], right[n]) for n in left)
 
 
+def test_a_resumed_run_takes_its_optimizer_settings_from_the_config(
+    world: World, tmp_path: Path
+) -> None:
+    run(world, tmp_path, stop=4)
+    t = trainer(world, tmp_path, Recorder(), "optim.weight_decay=0.7", "optim.beta2=0.5")
+    t.resume(4)
+    decays = [group["weight_decay"] for group in t.optimizer.param_groups]
+    assert decays == [0.7, 0.0]
+    assert all(group["betas"] == (0.9, 0.5) for group in t.optimizer.param_groups)
+    assert all(state["step"] == 4 for state in t.optimizer.state.values())
+
+
 def test_checkpoints_come_when_due_and_at_the_end(world: World, tmp_path: Path) -> None:
     recorder, t = run(world, tmp_path, stop=10)
     assert recorder.saves == [4, 8, 10] == complete_steps(t.folder.checkpoints)

@@ -1,0 +1,239 @@
+"""One rank of `test_ranks`: `python -m tests.train.ranks_worker FOLDER`, under RANK, WORLD_SIZE, ...
+
+Runs every check of `CHECKS` on the real trainer, in one process group; rank 0 writes what all
+ranks saw to FOLDER/results.json: {check: [result of rank 0, of rank 1, ...]}. The test runs the
+same functions in a world of one and compares.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.tensor import DTensor
+
+from modular_lm.config import TrainConfig, load_config
+from modular_lm.config.checks import resolve
+from modular_lm.config.schema import TokenizerConfig
+from modular_lm.data.dataset import StepRows, rank_range
+from modular_lm.errors import AgreedError, DataError
+from modular_lm.eval.perplexity import Validation
+from modular_lm.parallel import World, build_model, init_world
+from modular_lm.tokenizer import build_tokenizer
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import complete_steps
+from modular_lm.train.trainer import Callbacks, Trainer
+
+SIZE = 3  # divides none of the model's widths, so that shards are uneven
+T = 32
+TOKENIZER = build_tokenizer(TokenizerConfig())
+BASE = (
+    f"steps=8 seed=3 data.seq_len={T} optim.lr=1e-2 optim.warmup=1 model.dim=16 model.n_layers=2 "
+    "model.n_heads=2 model.multiple_of=16 model.module_seq_len=8 model.module_agg=stack "
+    "model.module_agg_dim=8 distributed.model_dtype=fp32 logging.freq=1 checkpoint.dump.every=0"
+)
+# Name of a run -> its global batch, and what is special about it.
+RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
+    # Shares of 2, 2 and 3 rows in two micro-steps.
+    "ragged": (7, ("data.batch_size=2",)),
+    # Shares of 1, 1 and 2 rows: in the second micro-step two ranks have none.
+    "idle": (4, ("data.batch_size=1",)),
+    "avg": (7, ("data.batch_size=2", "model.module_agg=avg")),
+    "one_chunk": (4, ("data.batch_size=1", "model.module_seq_len=null")),
+    "bf16": (7, ("data.batch_size=2", "distributed.model_dtype=bf16")),
+}
+STEPS = 4
+# Held-out documents. In batches of three the first is four chunks wide though two of its ranks
+# hold less than one chunk; the second is narrower than a chunk, and two ranks have no document.
+LENGTHS = (50, 3, 7, 6)
+RESUMED_AT = 2
+
+
+def tiny(*args: str) -> TrainConfig:
+    return resolve(load_config(TrainConfig, [*BASE.split(), *args])[0], TOKENIZER.n_words)
+
+
+def rows(world: World, batch: int, start: int = 0) -> Iterator[StepRows]:
+    """This rank's rows of every step from `start` on; all ranks together hold the same ones."""
+    for step in range(start, 8):
+        tokens = np.random.default_rng(step).integers(0, 64, (batch, T + 1), dtype=np.uint16)
+        first, last = rank_range(step, batch, world.rank, world.size)
+        yield StepRows(
+            step, np.arange(first, last), tokens[first - step * batch : last - step * batch]
+        )
+
+
+class Lines:
+    """What the callbacks of one rank were told, as JSON."""
+
+    def __init__(self, stop_at_line: int | None = None) -> None:
+        self.told: dict[str, list[dict[str, Any]]] = {"metrics": [], "evaluation": [], "saved": []}
+        self._stop_at_line = stop_at_line
+
+    def callbacks(self) -> Callbacks:
+        return Callbacks(
+            self.told["metrics"].append,
+            self.told["evaluation"].append,
+            self.told["saved"].append,
+            self._stop,
+        )
+
+    def _stop(self) -> str | None:
+        return "asked" if len(self.told["metrics"]) == self._stop_at_line else None
+
+
+def make_trainer(world: World, folder: Path, name: str, lines: Lines, *args: str) -> Trainer:
+    batch, special = RUNS[name]
+    held_out = {"held_out": folder / "held_out"}
+    validation = Validation(held_out, TOKENIZER, T, max_docs=9, batch_size=1)
+    return Trainer(
+        tiny(*special, *args),
+        world,
+        RunFolder(folder / f"{name}_{world.size}"),
+        TOKENIZER,
+        batch,
+        lines.callbacks(),
+        validation,
+    )
+
+
+def train(world: World, folder: Path, name: str) -> dict[str, Any]:
+    """A run of `STEPS` steps: its lines, and digests of all that its last checkpoint holds."""
+    lines = Lines()
+    trainer = make_trainer(world, folder, name, lines, f"checkpoint.dump.every={RESUMED_AT}")
+    types = set()
+    trainer.model.layers[1].get_submodule("attention").register_forward_pre_hook(
+        lambda _, args: types.add((str(args[0].dtype), str(args[1].rope.cos.dtype)))
+    )
+    trainer.run(rows(world, trainer.global_batch_size), STEPS)
+    return {**lines.told, "state": state_digests(trainer), "types": sorted(types)}
+
+
+def resume(world: World, folder: Path, saved_by: int) -> dict[str, Any]:
+    """The rest of the run `ragged` from the checkpoint that `saved_by` ranks wrote."""
+    lines = Lines()
+    trainer = make_trainer(world, folder, "ragged", lines)
+    trainer.folder = RunFolder(folder / f"ragged_{saved_by}")
+    trainer.resume(RESUMED_AT)
+    loaded = state_digests(trainer)
+    trainer.folder = RunFolder(folder / f"resumed_{world.size}")
+    trainer.run(rows(world, trainer.global_batch_size, RESUMED_AT), STEPS)
+    return {**lines.told, "loaded": loaded}
+
+
+def state_digests(trainer: Trainer) -> dict[str, str]:
+    """SHA-256 of every whole tensor of model and optimizer. A collective."""
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=options)
+    tensors = dict(model)
+    for name, moments in optimizer["state"].items():
+        tensors |= {f"{name}/{moment}": value for moment, value in moments.items()}
+    return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def digest(tensor: Tensor) -> str:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return hashlib.sha256(whole.detach().float().numpy().tobytes()).hexdigest()
+
+
+def initial(world: World, folder: Path) -> dict[str, str]:
+    """Digests of the whole initial weights of a sharded model."""
+    model = build_model(tiny(), world)
+    shares = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
+    total = sum(p.numel() for p in model.parameters())
+    assert world.sum(sum(shares)) == [total], "the model is not sharded"
+    return {name: digest(p) for name, p in model.named_parameters()}
+
+
+def together(world: World, folder: Path) -> dict[str, Any]:
+    """What ranks see when some of them fail in the same act, and when none does."""
+
+    def outcome(failures: dict[int, Exception]) -> Any:
+        def act() -> int:
+            if world.rank in failures:
+                raise failures[world.rank]
+            return 10 * world.rank
+
+        try:
+            return world.together(act, "the act failed")
+        except AgreedError as error:
+            return [str(error), error.exit_code]
+
+    return {
+        "none": outcome({}),
+        "input": outcome({1: DataError("x.parquet: truncated")}),
+        "disk": outcome({2: OSError(errno.ENOSPC, "No space left on device", "shard")}),
+        "two": outcome({1: ValueError("first\nof two"), 2: DataError("second")}),
+    }
+
+
+def full_disk(world: World, folder: Path) -> dict[str, Any]:
+    """A save during which rank 1's disk is full, then one that works."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "__1_0.distcp")
+
+    lines = Lines()
+    trainer = make_trainer(world, folder, "ragged", lines, "checkpoint.dump.every=1")
+    trainer.folder = RunFolder(folder / "full_disk")
+    steps = rows(world, trainer.global_batch_size)
+    trainer.run(steps, 1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AgreedError) as caught:
+        if world.rank == 1:
+            patch.setattr(FileSystemWriter, "write_data", refuse)
+        trainer.run(steps, 2)
+    after_failure = complete_steps(trainer.folder.checkpoints)
+    dist.barrier()  # nobody saves again before all have looked
+    trainer.run(steps, 3)
+    return {
+        "message": str(caught.value),
+        "exit_code": caught.value.exit_code,
+        "complete": after_failure,
+        "complete_later": complete_steps(trainer.folder.checkpoints),
+        "folders": sorted(os.listdir(trainer.folder.checkpoints)),
+    }
+
+
+def stop(world: World, folder: Path) -> dict[str, Any]:
+    """A run that only the last rank is asked to stop, after two steps."""
+    lines = Lines(stop_at_line=2 if world.rank == world.size - 1 else None)
+    trainer = make_trainer(world, folder, "idle", lines)
+    trainer.folder = RunFolder(folder / "stop")
+    outcome = trainer.run(rows(world, trainer.global_batch_size), STEPS)
+    return {"status": outcome.status, "step": outcome.step, "saved": lines.told["saved"]}
+
+
+CHECKS: dict[str, Callable[[World, Path], Any]] = {
+    "initial": initial,
+    **{name: lambda world, folder, name=name: train(world, folder, name) for name in RUNS},
+    "resumed": lambda world, folder: resume(world, folder, saved_by=1),
+    "together": together,
+    "full_disk": full_disk,
+    "stop": stop,
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    world = init_world(use_gpu=False)
+    results = {name: world.gather(check(world, folder)) for name, check in CHECKS.items()}
+    if world.rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""`dry_run=true` on every config of the repository, by way of the training job's own main."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from modular_lm.cli import run_job
+from modular_lm.config import TrainConfig, load_config
+from modular_lm.config.checks import resolve
+from modular_lm.config.schema import PrepareConfig, TokenizerConfig
+from modular_lm.data.prepare import prepare_sources
+from modular_lm.model.flops import flops_per_token
+from modular_lm.model.lm import LanguageModel
+from modular_lm.optim import build_optimizer
+from modular_lm.train.dry_run import describe, memory_estimate
+from ray_jobs import train
+from tests.support import REPO
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+# As the comment at its top says, this one needs prepared data and a tokenizer.
+NEEDS_DATA = {"mini.yaml"}
+
+
+@pytest.fixture(scope="module")
+def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments that name prepared data and a tokenizer, for the configs that need them."""
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = shared_data / "tokenizers" / "llama2" / "tokenizer.model"
+    for source in ("books", "gov", "web", "wiki"):
+        (folder / "text" / source).mkdir(parents=True)
+        texts = [f"{source}, document {i}: {'some words ' * 150}" for i in range(20)]
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        (folder / "text" / source / "part.jsonl").write_text(lines)
+    made_by = TokenizerConfig(name="sp", path=str(tokenizer))
+    job = PrepareConfig(src=str(folder / "text"), dst=str(folder / "out"), tokenizer=made_by)
+    prepare_sources(job)
+    return [f"data.root_dir={folder / 'out'}", f"data.tokenizer.path={tokenizer}"]
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with the cache in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODULAR_LM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def figures(output: str) -> dict[str, str]:
+    """The lines `name   value` below the YAML."""
+    found = re.findall(r"^([a-zA-Z][a-zA-Z ]*?) {2,}(.+)$", output, flags=re.MULTILINE)
+    return {name: value for name, value in found}
+
+
+def number(text: str) -> int:
+    return int(text.split()[0].replace(",", ""))
+
+
+def check_dry_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_job(
+            TrainConfig,
+            train.main,
+            what="",
+            usage="",
+            args=[*arguments, "dry_run=true"],
+        )
+    output = capsys.readouterr().out
+    assert caught.value.code == 0
+    given, _ = load_config(TrainConfig, arguments)
+    printed = yaml.safe_load(output[: output.index("\nparameters ")])
+    resolved = resolve(given, printed["model"]["vocab_size"])
+    with torch.device("meta"):
+        model = LanguageModel(resolved.model)
+    total = sum(p.numel() for p in model.parameters())
+    rows, workers = figures(output), given.ray.num_workers
+    batch = given.data.batch_size * given.grad_acc_steps * workers
+    per_step = batch * given.data.seq_len
+    stop = given.stop_at or given.steps
+    assert number(rows["parameters"]) == total
+    without = total - model.tok_embeddings.weight.numel()
+    assert f"({without:,} without embeddings)" in rows["parameters"]
+    assert number(rows["workers"]) == workers
+    assert number(rows["samples per step"]) == batch
+    assert number(rows["tokens per step"]) == per_step
+    assert number(rows["steps"]) == stop
+    assert number(rows["tokens in all"]) == stop * per_step
+    per_token = flops_per_token(resolved.model, given.data.seq_len)
+    assert float(rows["FLOPs per token"].split()[0]) == pytest.approx(per_token, rel=1e-3)
+    state = f"{16 * total / workers / 2**20:,.0f} weights, gradients and optimizer"
+    assert state in rows["memory per worker"]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_config_passes_and_says_what_it_costs_and_writes_nothing(
+    file: Path,
+    empty: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    extra = request.getfixturevalue("data") if file.name in NEEDS_DATA else []
+    check_dry_run([f"config={file}", *extra], capsys)
+    assert list(empty.iterdir()) == []
+
+
+def test_stop_at_accumulation_and_workers_are_counted(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["steps=50", "stop_at=20", "grad_acc_steps=3", "ray.num_workers=5"]
+    check_dry_run([f"config={REPO / 'configs' / 'debug.yaml'}", *keys], capsys)
+
+
+def test_a_mistake_is_answered_before_anything_is_printed(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_job(
+            TrainConfig, train.main, what="", usage="", args=["model.dim=100", "dry_run=true"]
+        )
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: model.dim=100: must be divisible by model.n_heads=8")
+    assert list(empty.iterdir()) == []
+
+
+def tiny(*args: str) -> TrainConfig:
+    base = ["model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.multiple_of=16"]
+    return resolve(load_config(TrainConfig, [*base, "data.seq_len=64", *args])[0], 258)
+
+
+def test_warnings_stand_below_the_figures() -> None:
+    dense, modular = tiny("model.module_seq_len=64"), tiny("model.module_seq_len=16")
+    assert describe(dense, 1).splitlines()[-1].startswith("warning: model.module_agg=avg cannot")
+    assert "warning" not in describe(modular, 1)
+
+
+@pytest.mark.parametrize("mode", ["drop", "avg", "stack"])
+def test_state_memory_is_that_of_weights_gradients_and_adamw(mode: str) -> None:
+    config = tiny("model.module_seq_len=16", f"model.module_agg={mode}")
+    model = LanguageModel(config.model)
+    torch.nn.init.normal_(model.tok_embeddings.weight)
+    optimizer = build_optimizer(model, config.optim)
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    model(tokens, tokens).sum().backward()
+    optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    held = sum(t.nbytes for t in tensors if t is not None and t.ndim)  # without step counters
+    state, _ = memory_estimate(config, 1)
+    assert state * 2**20 == held
+    # Sharded evenly over the workers; a worker's activations are its own.
+    assert memory_estimate(config, 4) == (state / 4, memory_estimate(config, 1)[1])
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_bf16() -> None:
+    def activations(*args: str) -> float:
+        return memory_estimate(tiny("model.module_seq_len=16", *args), 1)[1]
+
+    one = activations("data.batch_size=1")
+    assert activations("data.batch_size=6") == pytest.approx(6 * one)
+    assert activations("data.batch_size=1", "grad_acc_steps=6") == one
+    full = activations("data.batch_size=1", "distributed.model_dtype=fp32")
+    assert one < full < 2 * one  # the logits stay fp32
