@@ -89,6 +89,9 @@ class Run:
         write_text_atomic(self.folder.base_config, to_yaml(given))
         snapshot_code(self.folder.code)
         if self.is_new:
+            # Lines of an earlier run that was given up before its first checkpoint.
+            self.folder.metrics.cut_after(0)
+            self.folder.eval_metrics.cut_after(0)
             self.folder.append_event(
                 "created",
                 uid=uuid.uuid4().hex,

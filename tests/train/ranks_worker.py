@@ -45,21 +45,20 @@ BASE = (
     "model.n_heads=2 model.multiple_of=16 model.module_seq_len=8 model.module_agg=stack "
     "model.module_agg_dim=8 distributed.model_dtype=fp32 logging.freq=1 checkpoint.dump.every=0"
 )
+STEPS, RESUMED_AT = 4, 2
 # Name of a run -> its global batch, and what is special about it.
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     # Shares of 2, 2 and 3 rows in two micro-steps.
-    "ragged": (7, ("data.batch_size=2",)),
+    "ragged": (7, ("data.batch_size=2", f"checkpoint.dump.every={RESUMED_AT}")),
     # Shares of 1, 1 and 2 rows: in the second micro-step two ranks have none.
     "idle": (4, ("data.batch_size=1",)),
     "avg": (7, ("data.batch_size=2", "model.module_agg=avg")),
     "one_chunk": (4, ("data.batch_size=1", "model.module_seq_len=null")),
     "bf16": (7, ("data.batch_size=2", "distributed.model_dtype=bf16")),
 }
-STEPS = 4
 # Held-out documents. In batches of three the first is four chunks wide though two of its ranks
 # hold less than one chunk; the second is narrower than a chunk, and two ranks have no document.
 LENGTHS = (50, 3, 7, 6)
-RESUMED_AT = 2
 
 
 def tiny(*args: str) -> TrainConfig:
@@ -68,7 +67,7 @@ def tiny(*args: str) -> TrainConfig:
 
 def rows(world: World, batch: int, start: int = 0) -> Iterator[StepRows]:
     """This rank's rows of every step from `start` on; all ranks together hold the same ones."""
-    for step in range(start, 8):
+    for step in range(start, STEPS):
         tokens = np.random.default_rng(step).integers(0, 64, (batch, T + 1), dtype=np.uint16)
         first, last = rank_range(step, batch, world.rank, world.size)
         yield StepRows(
@@ -113,7 +112,7 @@ def make_trainer(world: World, folder: Path, name: str, lines: Lines, *args: str
 def train(world: World, folder: Path, name: str) -> dict[str, Any]:
     """A run of `STEPS` steps: its lines, and digests of all that its last checkpoint holds."""
     lines = Lines()
-    trainer = make_trainer(world, folder, name, lines, f"checkpoint.dump.every={RESUMED_AT}")
+    trainer = make_trainer(world, folder, name, lines)
     types = set()
     trainer.model.layers[1].get_submodule("attention").register_forward_pre_hook(
         lambda _, args: types.add((str(args[0].dtype), str(args[1].rope.cos.dtype)))
@@ -129,7 +128,7 @@ def resume(world: World, folder: Path, saved_by: int) -> dict[str, Any]:
     trainer.folder = RunFolder(folder / f"ragged_{saved_by}")
     trainer.resume(RESUMED_AT)
     loaded = state_digests(trainer)
-    trainer.folder = RunFolder(folder / f"resumed_{world.size}")
+    trainer.folder = RunFolder(folder / f"resumed_from_{saved_by}_by_{world.size}")
     trainer.run(rows(world, trainer.global_batch_size, RESUMED_AT), STEPS)
     return {**lines.told, "loaded": loaded}
 

@@ -119,9 +119,7 @@ def test_a_mistake_is_answered_before_anything_is_printed(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_job(
-            TrainConfig, train.main, what="", usage="", args=["model.dim=100", "dry_run=true"]
-        )
+        run_job(TrainConfig, train.main, what="", usage="", args=["model.dim=100", "dry_run=true"])
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
