@@ -71,8 +71,11 @@ class World:
         try:
             result = act()
         except (Exception, CheckpointException) as caught:
-            code = caught.exit_code if isinstance(caught, UserFacingError) else EXIT_FAILED
-            error = (f"{failure}: rank {self.rank}: {reason(caught)}", code)
+            rank, cause = self.rank, caught
+            if isinstance(caught, CheckpointException):  # raised on every rank, for those it names
+                rank, (cause, _) = min(caught.failures.items())
+            code = cause.exit_code if isinstance(cause, UserFacingError) else EXIT_FAILED
+            error = (f"{failure}: rank {rank}: {reason(cause)}", code)
             log.debug("%s", failure, exc_info=True)
         gathered = self.gather((result, error))
         for _, problem in gathered:

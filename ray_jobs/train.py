@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modular_lm.cli import run_job
 from modular_lm.config import TrainConfig
+from modular_lm.data.dataset import check_sources
 from modular_lm.errors import AgreedError
 from modular_lm.train.driver import drive
 from modular_lm.train.dry_run import describe
@@ -27,6 +28,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     """The job: check everything, then train; returns the exit code."""
     resolved, tokenizer = resolve_config(config)
     if config.dry_run:
+        check_sources(resolved.data, tokenizer)
         print(describe(resolved, resolved.ray.num_workers))
         return 0
     run = open_run(resolved, tokenizer, resolved.ray.num_workers)

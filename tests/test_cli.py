@@ -158,7 +158,7 @@ def test_help_says_what_the_job_does_and_lists_its_keys(
 
 
 def test_help_of_the_training_job_names_every_leaf(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(raising(AssertionError), "--help", cls=TrainConfig) == 0
+    assert run(raising(AssertionError()), "--help", cls=TrainConfig) == 0
     out = capsys.readouterr().out
     for name in ("dump_dir", "data.tokenizer.path", "model.module_agg", "checkpoint.dump.every"):
         assert name in out

@@ -81,7 +81,11 @@ def translate_lingua(values: dict[str, Any]) -> None:
         if found and value not in off:
             raise ConfigError(f"{dotted}={value}: cannot be honoured: {why}; remove the key")
     tokenizer = (values.get("data") or {}).get("tokenizer") or {}
-    if isinstance(tokenizer, dict) and tokenizer.get("name", "bytes") == "bytes" and tokenizer.get("path"):
+    if (
+        isinstance(tokenizer, dict)
+        and tokenizer.get("name", "bytes") == "bytes"
+        and tokenizer.get("path")
+    ):
         log.warning("config: data.tokenizer.path is ignored: bytes need no file")
         del tokenizer["path"]
 

@@ -90,6 +90,12 @@ def source_folders(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Path]:
     return {name: folders[name] for name in config.sources}
 
 
+def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError or DataError unless the prepared sources are there; prepares nothing."""
+    if named := [name for name in config.sources if name != BUILTIN]:
+        open_sources(config.root_dir, named, tokenizer)
+
+
 def rank_range(step: int, global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
     """The global sample indices [first, last) that `rank` trains on at `step`."""
     first = step * global_batch_size

@@ -15,7 +15,7 @@ from typing import Any
 
 from modular_lm.cli import run_job, setup_logging
 from modular_lm.config import TrainConfig
-from modular_lm.data.dataset import LocalLoader
+from modular_lm.data.dataset import LocalLoader, check_sources
 from modular_lm.train.driver import drive, stop_on_signals
 from modular_lm.train.dry_run import describe
 from modular_lm.train.run import Run, open_run, resolve_config
@@ -30,6 +30,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         setup_logging(rank)
     resolved, tokenizer = resolve_config(config)
     if config.dry_run:
+        check_sources(resolved.data, tokenizer)
         if rank == 0:
             print(describe(resolved, size))
         return 0

@@ -142,16 +142,20 @@ def load(
     """
     failure = f"checkpoint {folder} cannot be used"
     world.together(lambda: inventory.verify(folder, world.rank, world.size), failure)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder, process_group=world.control)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    return read_state(folder)
+
+    def read() -> TrainState:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=folder, process_group=world.control)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        return read_state(folder)
+
+    return world.together(read, failure)[0]
 
 
 def load_for_inference(

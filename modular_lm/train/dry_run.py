@@ -42,9 +42,9 @@ def describe(config: TrainConfig, world_size: int) -> str:
 def memory_estimate(config: TrainConfig, world_size: int) -> tuple[float, float]:
     """(state, activations) of one worker in MiB.
 
-    State is exact: 16 bytes a parameter, sharded. Activations are an upper estimate for a
-    micro-batch without recomputation: per token and layer what backward needs of attention
-    (about 8 dim) and of the feed-forward (about 2 dim + 4 hidden), and logits twice in fp32.
+    State is 16 bytes a parameter, sharded. Activations are a rough estimate for a micro-batch
+    without recomputation: per token and layer what backward needs of attention (about 8 dim) and
+    of the feed-forward (about 2 dim + 4 hidden), and logits twice in fp32.
     """
     m, d = config.model, config.data
     count = parameters(m)

@@ -59,7 +59,7 @@ def test_training_on_real_text_beats_the_unigram(
         nll = scores[f"validation/{name}/nll"]
         print(f"{name:6} validation loss {nll:.3f}  unigram entropy {entropy[name]:.3f} nats/token")
         assert nll < entropy[name]
-    assert scores["validation/all/nll"] < entropy["all"] - 0.3
+    assert scores["validation/all/nll"] < entropy["all"] - 0.1
 
     config = yaml.safe_load((REPO / "configs" / "mini.yaml").read_text())
     batch = config["data"]["batch_size"] * config["ray"]["num_workers"]

@@ -90,10 +90,7 @@ def test_scores_are_those_of_a_plain_loop_over_the_documents(
 ) -> None:
     # One without a target, some of one chunk, some of exactly seq_len tokens and around it.
     lengths = {"short": (1, 2, 8, 9, 10, 3), "long": (25, 24, 26, 90, 17)}
-    documents = {
-        name: random_documents(lengths[name], BYTES.n_words, seed)
-        for seed, name in enumerate(lengths)
-    }
+    documents = {name: random_documents(n, BYTES.n_words) for name, n in lengths.items()}
     folders = {n: write_held_out(tmp_path / n, d, BYTES) for n, d in documents.items()}
     scores = Validation(folders, BYTES, SEQ_LEN, 100, batch_size).score(model, world)
     for name in lengths:

@@ -1,4 +1,4 @@
-"""One rank of `test_ranks`: `python -m tests.train.ranks_worker FOLDER`, under RANK, WORLD_SIZE, ...
+"""One rank of `test_ranks`: `python -m tests.train.ranks_worker FOLDER`, as torchrun starts it.
 
 Runs every check of `CHECKS` on the real trainer, in one process group; rank 0 writes what all
 ranks saw to FOLDER/results.json: {check: [result of rank 0, of rank 1, ...]}. The test runs the
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -137,10 +137,11 @@ def state_digests(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of every whole tensor of model and optimizer. A collective."""
     options = StateDictOptions(full_state_dict=True)
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=options)
-    tensors = dict(model)
-    for name, moments in optimizer["state"].items():
-        tensors |= {f"{name}/{moment}": value for moment, value in moments.items()}
-    return {name: digest(tensor) for name, tensor in tensors.items()}
+    moments = cast("dict[str, dict[str, Tensor]]", optimizer["state"])
+    found = {name: digest(cast("Tensor", tensor)) for name, tensor in model.items()}
+    for name, of_parameter in moments.items():
+        found |= {f"{name}/{moment}": digest(tensor) for moment, tensor in of_parameter.items()}
+    return found
 
 
 def digest(tensor: Tensor) -> str:
@@ -190,10 +191,11 @@ def full_disk(world: World, folder: Path) -> dict[str, Any]:
     trainer.folder = RunFolder(folder / "full_disk")
     steps = rows(world, trainer.global_batch_size)
     trainer.run(steps, 1)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(AgreedError) as caught:
+    with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
             patch.setattr(FileSystemWriter, "write_data", refuse)
-        trainer.run(steps, 2)
+        with pytest.raises(AgreedError) as caught:
+            trainer.run(steps, 2)
     after_failure = complete_steps(trainer.folder.checkpoints)
     dist.barrier()  # nobody saves again before all have looked
     trainer.run(steps, 3)

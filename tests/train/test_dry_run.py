@@ -53,8 +53,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def figures(output: str) -> dict[str, str]:
     """The lines `name   value` below the YAML."""
-    found = re.findall(r"^([a-zA-Z][a-zA-Z ]*?) {2,}(.+)$", output, flags=re.MULTILINE)
-    return {name: value for name, value in found}
+    return dict(re.findall(r"^([a-zA-Z][a-zA-Z ]*?) {2,}(.+)$", output, flags=re.MULTILINE))
 
 
 def number(text: str) -> int:

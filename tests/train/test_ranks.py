@@ -5,6 +5,7 @@ All three-rank figures come from one launch of `ranks_worker`, the others from t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ from tests.train import ranks_worker as worker
 from tests.train.ranks_worker import RESUMED_AT, RUNS, SIZE, STEPS, TOKENIZER
 
 Results = dict[str, Any]
-pytestmark = pytest.mark.timeout(180)
+LIMIT = 300.0  # seconds; far more than it takes, also on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +64,9 @@ def three(one: dict[str, Results], folder: Path) -> dict[str, list[Any]]:
                 subprocess.Popen(command, cwd=REPO, env=environment, stdout=log, stderr=log)
             )
     try:
-        for process in ranks:
-            process.wait(timeout=150)
-    except subprocess.TimeoutExpired:
-        pass  # the assertion below says which ranks hang
+        with contextlib.suppress(subprocess.TimeoutExpired):  # None below says which ranks hang
+            for process in ranks:
+                process.wait(timeout=LIMIT)
     finally:
         codes = [process.poll() for process in ranks]
         for process in ranks:
@@ -167,9 +168,8 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_no_checkpoint
     three: dict[str, list[Any]],
 ) -> None:
     for rank in three["full_disk"]:
-        assert "could not be written" in rank["message"]
-        assert "No space left on device" in rank["message"]
-        assert "\n" not in rank["message"]
+        start, end = "0000000002 could not be written: ", "__1_0.distcp: No space left on device"
+        assert rank["message"].endswith(f"{start}rank 1: {end}")
         assert rank["exit_code"] == 1
         assert rank["complete"] == [1]
         # The next save works, and sweeps the debris of the one that failed.
