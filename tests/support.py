@@ -17,7 +17,7 @@ import pytest
 
 from modular_lm.tracking.run_folder import RunFolder
 
-TIMEOUT = 240.0
+TIMEOUT = 480.0
 
 # A model of 30 k parameters whose samples have four chunks; every step is logged.
 TINY = [
