@@ -78,7 +78,9 @@ def sample(
     logits = logits.detach().to("cpu", torch.float64)
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(0).sort(descending=True, stable=True)
+    # Ordered by logit: small differences may vanish in the probabilities.
+    ordered, order = logits.sort(descending=True, stable=True)
+    probabilities = ((ordered - ordered[0]) / temperature).softmax(0)
     if top_k is not None:
         probabilities = probabilities[:top_k] / probabilities[:top_k].sum()
     if top_p is not None:

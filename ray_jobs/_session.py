@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 
 from modular_lm.errors import RunFailedError, reason
@@ -65,6 +66,11 @@ def _environment() -> None:
 
 def _join() -> None:
     import ray
+
+    host, _, port = os.environ["RAY_ADDRESS"].rpartition(":")
+    if port.isdigit() and "/" not in host:
+        # Ray itself would try for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
     # A cluster's processes do not inherit the environment of a driver that joins it.
     passed = {n: v for n, v in os.environ.items() if n in _DEFAULTS or n.startswith("MODULAR_LM_")}

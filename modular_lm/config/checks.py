@@ -115,13 +115,18 @@ def _check_model(m: ModelConfig) -> None:
 def _check_run(c: TrainConfig) -> None:
     if c.stop_at is not None and c.stop_at > c.steps:
         raise ConfigError(f"stop_at={c.stop_at}: lies behind the last step, steps={c.steps}")
-    if c.optim.warmup > c.steps:
-        raise ConfigError(f"optim.warmup={c.optim.warmup}: longer than the run, steps={c.steps}")
+    if not c.name or "/" in c.name or c.name.startswith("."):
+        raise ConfigError(f"name={c.name}: expected a name that can be a folder's")
 
 
 def warnings_of(c: TrainConfig) -> list[str]:
     """What is allowed but probably not meant."""
     found = []
+    if c.optim.warmup > c.steps:
+        found.append(
+            f"optim.warmup={c.optim.warmup} is longer than the run, steps={c.steps}: "
+            f"the learning rate never reaches optim.lr={c.optim.lr:g}"
+        )
     m, chunk = c.model, c.model.module_seq_len
     if m.module_agg != "drop":
         key = f"model.module_agg={m.module_agg}"

@@ -125,13 +125,13 @@ class DistributedConfig:
 @dataclass
 class SaveEvery:
     every: int = key(0, "steps between two of these; 0: never", ge=0)
-    keep: int = key(-1, "how many of these to keep; -1: all", ge=-1)
+    keep: int = key(0, "how many of these to keep; 0 or -1: all", ge=-1)
 
 
 @dataclass
 class DumpEvery(SaveEvery):
     every: int = key(1000, "steps between two of these; 0: only at the end", ge=0)
-    keep: int = key(3, "how many of these to keep; -1: all", ge=-1)
+    keep: int = key(3, "how many of these to keep; 0 or -1: all", ge=-1)
 
 
 @dataclass

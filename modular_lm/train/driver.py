@@ -52,10 +52,11 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) ->
         try:
             with stop_on_signals(folder):
                 step = execute()
-        except KeyboardInterrupt:
-            _end(run, "stopped", EXIT_STOPPED, "interrupted twice, without a checkpoint")
+        except (KeyboardInterrupt, SystemExit):
+            # A second Ctrl-C, or SIGTERM while Ray was starting and had its own handler in place.
+            _end(run, "stopped", EXIT_STOPPED, "interrupted, without a new checkpoint")
             follower.stop()
-            raise
+            raise KeyboardInterrupt from None
         except BaseException as error:
             code = error.exit_code if isinstance(error, UserFacingError) else EXIT_FAILED
             _end(run, "failed", code, reason_of(error))

@@ -98,7 +98,7 @@ def retain(checkpoints: Path, config: CheckpointConfig) -> list[int]:
     kept = {steps[-1]} if steps else set()
     for keep, group in ((config.eval.keep, True), (config.dump.keep, False)):
         members = [s for s, e in zip(steps, is_eval, strict=True) if e is group]
-        kept |= set(members if keep < 0 else members[len(members) - min(keep, len(members)) :])
+        kept |= set(members if keep <= 0 else members[-keep:])
     gone = [s for s in steps if s not in kept]
     for step in gone:
         _remove(step_folder(checkpoints, step))

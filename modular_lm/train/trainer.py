@@ -222,7 +222,7 @@ class Trainer:
             if self.world.rank == 0:
                 inventory.retain(self.folder.checkpoints, self.config.checkpoint)
         self._saved_step = self.step
-        self.callbacks.saved({**saved, "loss": self.last_loss})
+        self.callbacks.saved(saved)
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:

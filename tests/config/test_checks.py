@@ -55,7 +55,8 @@ def test_weights_of_sources_are_normalised() -> None:
         (["data.sources={}"], "data.sources="),
         (["data.sources={a: 0}"], "data.sources.a=0"),
         (["stop_at=101"], "stop_at=101"),
-        (["optim.warmup=101"], "optim.warmup=101"),
+        (["name="], "name="),
+        (["name=../x"], "name=../x"),
     ],
 )
 def test_contradictions_name_the_key(arguments: list[str], key: str) -> None:
@@ -70,11 +71,12 @@ def test_contradictions_name_the_key(arguments: list[str], key: str) -> None:
         (["model.module_seq_len=512"], True),
         (["model.module_seq_len=null"], True),
         (["model.module_n_layers=8"], True),
+        (["optim.warmup=101"], True),
         (["model.module_seq_len=512", "model.module_agg=drop"], False),
         ([], False),
     ],
 )
-def test_warning_when_the_modular_part_cannot_act(arguments: list[str], warns: bool) -> None:
+def test_warnings_of_what_cannot_act(arguments: list[str], warns: bool) -> None:
     assert bool(warnings_of(resolved(*arguments))) is warns
 
 

@@ -96,7 +96,7 @@ def test_ranks_verify_all_files_between_them(tmp_path: Path) -> None:
         (2, -1, [20, 30, 40, 50, 60]),
         (-1, -1, [10, 20, 30, 40, 50, 60]),
         (1, 1, [50, 60]),
-        (0, 0, [60]),
+        (0, 0, [10, 20, 30, 40, 50, 60]),
     ],
 )
 def test_retention(tmp_path: Path, dump_keep: int, eval_keep: int, kept: list[int]) -> None:
