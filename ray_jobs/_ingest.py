@@ -55,7 +55,8 @@ class Stream:
         early = max(1, (stop - start) // 8)
         steps = max(min(cheap, early), few)
         if steps * rank_tokens > _MAX_TOKENS_PER_DELIVERY and steps > 1:
-            reach = start + _MAX_DELIVERIES // world_size * _MAX_TOKENS_PER_DELIVERY // rank_tokens
+            largest = max(1, _MAX_TOKENS_PER_DELIVERY // rank_tokens)
+            reach = start + max(1, _MAX_DELIVERIES // world_size) * largest
             raise ConfigError(
                 f"steps={stop}: more than one command can stream to {world_size} workers in this "
                 f"version; go in stages: stop_at={reach}, then the same command with a later one"
