@@ -14,7 +14,15 @@ from modular_lm.errors import ConfigError
 
 # What decides the function that is trained and the order of its data: fixed for the life of a run.
 # Folders and files may move: the fingerprint of the data, not their paths, is held (dataset.py).
-FIXED = ("seed", "model", "data.sources", "data.seq_len", "data.seed", "data.tokenizer.name")
+FIXED = (
+    "seed",
+    "model",
+    "data.sources",
+    "data.seq_len",
+    "data.seed",
+    "data.tokenizer.name",
+    "data.document_mask",
+)
 # Say how a command ends or what it prints, not what it computes.
 _TRANSIENT = ("dry_run", "stop_at")
 
@@ -95,6 +103,16 @@ def _check_model(m: ModelConfig) -> None:
         raise ConfigError(
             f"model.module_n_summary={m.module_n_summary}: must divide "
             f"model.module_seq_len={m.module_seq_len}"
+        )
+    if m.module_seq_len is not None and m.module_lookback > m.module_seq_len:
+        raise ConfigError(
+            f"model.module_lookback={m.module_lookback}: only the chunk before is looked at, use at "
+            f"most model.module_seq_len={m.module_seq_len}"
+        )
+    if m.module_seq_len is not None and m.sliding_window is not None:
+        raise ConfigError(
+            f"model.sliding_window={m.sliding_window}: is for a model without chunks; use "
+            "model.module_seq_len=null, or model.module_lookback to see over the border of a chunk"
         )
     if m.module_agg == "stack" and m.module_agg_dim % (2 * m.n_heads):
         raise ConfigError(

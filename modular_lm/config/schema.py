@@ -17,6 +17,9 @@ Mixer = Literal["attention"]
 Scheduler = Literal["cosine", "linear", "constant"]
 FsdpType = Literal["full_shard", "shard_grad_op"]
 Dtype = Literal["fp32", "bf16"]
+SourceFormat = Literal["hf", "meta", "torch", "dcp"]
+TargetFormat = Literal["dcp", "torch", "hf"]
+AttentionImpl = Literal["auto", "sdpa", "flex", "xformers"]
 
 
 def key(
@@ -27,9 +30,13 @@ def key(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    name: str | None = None,
 ) -> Any:
-    """A dataclass field with a one-line description and inclusive (ge, le) or strict bounds."""
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    """A dataclass field with a one-line description and inclusive (ge, le) or strict bounds.
+
+    name: the key that users write, where the field cannot be called so (`from`).
+    """
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "name": name}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, dict | list):
@@ -56,6 +63,9 @@ class DataConfig:
     seq_len: int = key(2048, "tokens per training sample", ge=1)
     batch_size: int = key(8, "samples per worker and micro-step", ge=1)
     seed: int | None = key(None, "seed of the data order; default: the top-level `seed`", ge=0)
+    document_mask: bool = key(
+        False, "keep the documents of a training sample apart; default: attend across them"
+    )
     tokenizer: TokenizerConfig = key(
         TokenizerConfig, "the tokenizer that the shards were made with"
     )
@@ -80,6 +90,9 @@ class ModelConfig:
     vocab_size: int = key(-1, "size of the vocabulary; -1: the tokenizer's", ge=-1)
     weight_tying: bool = key(False, "use the embedding as output head")
     mixer: Mixer = key("attention", "sequence mixer of the layers")
+    sliding_window: int | None = key(
+        None, "a dense model whose tokens see only so many, themselves included", ge=1
+    )
     module_seq_len: int | None = key(
         None, "chunk length in tokens; null or >= seq_len: one chunk, a dense model", ge=1
     )
@@ -89,6 +102,9 @@ class ModelConfig:
     )
     module_n_summary: int = key(1, "summaries per chunk; must divide module_seq_len", ge=1)
     module_pool: Pool = key("mean", "how a summary is made from the tokens of its sub-chunk")
+    module_lookback: int = key(
+        0, "tokens of the chunk before that each chunk's attention also sees", ge=0
+    )
     module_agg_dim: int | None = key(
         None, "width of the memory attention of `stack`; default: dim / 4", ge=1
     )
@@ -120,6 +136,9 @@ class DistributedConfig:
     )
     model_dtype: Dtype = key("bf16", "compute type of the layers; master weights stay fp32")
     compile: bool = key(False, "torch.compile each layer")
+    attn_impl: AttentionImpl = key(
+        "auto", "attention backend; auto: what a trial at the start shows to work best"
+    )
 
 
 @dataclass
@@ -138,6 +157,11 @@ class DumpEvery(SaveEvery):
 class CheckpointConfig:
     dump: DumpEvery = key(DumpEvery, "checkpoints to resume from")
     eval: SaveEvery = key(SaveEvery, "validate, and keep a checkpoint, at these steps")
+    init_ckpt_path: str | None = key(
+        None,
+        "start a new run from the weights of this checkpoint (or a run's latest); "
+        "aggregation sites that it lacks start at zero",
+    )
 
 
 @dataclass
@@ -145,6 +169,12 @@ class ValidationConfig:
     max_docs: int = key(256, "validation documents per source; 0: no validation", ge=0)
     batch_size: int | None = key(
         None, "documents per worker and step; default: data.batch_size", ge=1
+    )
+    chunk_len: int | None = key(
+        None,
+        "chunk length in tokens of the loss curves by position in chunk and by chunk; "
+        "default: model.module_seq_len; null there or >= data.seq_len: no curves",
+        ge=1,
     )
 
 
@@ -232,3 +262,14 @@ class GenerateConfig:
     )
     seed: int = key(42, "seed of the sampling", ge=0, lt=2**63)
     out: str | None = key(None, "write a JSON line {prompt, text, tokens} to this file")
+
+
+@dataclass
+class ConvertConfig:
+    from_: SourceFormat | None = key(None, "what src is; required", name="from")
+    to: TargetFormat = key("dcp", "what to write; dcp: a checkpoint folder of this project")
+    src: str = key("", "folder or file to read; required")
+    dst: str = key("", "folder (torch: file) to write, which must not exist; required")
+    tokenizer: TokenizerConfig = key(
+        TokenizerConfig, "the model's tokenizer; required for hf and meta"
+    )

@@ -6,15 +6,18 @@ differ in the weights only: a constant (`sum`), 1/(k m) (`avg`), attention (`sta
 site. Three rules hold for all:
 
 - strictly earlier chunks only, and never as a difference of sums (which would leak by rounding);
+  of these, where documents are given, only summaries of the token's own document;
 - the summaries are normalised before they are added up, else `sum` and `avg` were the same;
 - the output projection starts at zero, so that every mode starts as `drop`.
 
 Each mode has a parallel form, `forward`, for all chunks of a sequence at once, and an incremental
-one: `empty_memory`, `read` and `write`, which `advance` drives piece by piece.
+one: `empty_memory`, `read` and `write`, which `advance` drives piece by piece. In the latter
+`chunks` says for each row how many chunks lie before its current one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_lm.config.schema import ModelConfig, Pool
-from modular_lm.model.attention import masked_attention
+from modular_lm.model import masks
+from modular_lm.model.attention import ANYWHERE, Backends, attend
 from modular_lm.model.layers import (
     ZEROS,
     Initial,
@@ -33,7 +37,9 @@ from modular_lm.model.layers import (
     normal,
     precise,
 )
+from modular_lm.model.masks import EVERY, Mask
 from modular_lm.model.sizes import n_sites, sizes_of
+from modular_lm.model.summaries import pool_chunks, pool_piece, running_sums, summary_documents
 
 Memory = tuple[Tensor, ...]
 
@@ -52,28 +58,45 @@ class WeightedSum(nn.Module):
     def initial_weights(self) -> dict[str, Initial]:
         return {"wo.weight": ZEROS}
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h: [B, K, S, D], before the site; returns it with what each token reads added."""
-        sums = self.norm(pool_chunks(h, self.n_summary, self.pool)).sum(2)
-        earlier = F.pad(sums[:, :-1].cumsum(1), (0, 0, 1, 0))  # [B, K, D]
-        n_chunks = torch.arange(h.shape[1], device=h.device).clamp(min=1)[:, None]
-        return h + self._project(earlier, n_chunks, h.dtype).unsqueeze(2)
+    def forward(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+        """h: [B, K, S, D], before the site; returns it with what each token reads added.
+
+        documents: [B, K, S].
+        """
+        summaries = self.norm(pool_chunks(h, self.n_summary, self.pool, documents))
+        if documents is None:
+            earlier = F.pad(summaries.sum(2)[:, :-1].cumsum(1), (0, 0, 1, 0))  # [B, K, D]
+            n_chunks = torch.arange(h.shape[1], device=h.device)[:, None]
+            return h + self._project(earlier, n_chunks * self.n_summary, h.dtype).unsqueeze(2)
+        m = self.n_summary
+        of_summary = summary_documents(documents, m).flatten(1)
+        sums, numbers = running_sums(summaries.flatten(1, 2), of_summary)
+        # What has been summed after the last summary of a chunk is for the next one.
+        earlier, count = (F.pad(x[:, m - 1 : -1 : m], (0, 0, 1, 0)) for x in (sums, numbers))
+        last = F.pad(documents[:, :-1, -1], (1, 0), value=EVERY)
+        reads = self._project(earlier, count, h.dtype).unsqueeze(2)
+        return h + torch.where((documents == last[:, :, None])[..., None], reads, 0)
 
     def empty_memory(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Memory:
         dim = self.wo.in_features
         return (torch.zeros(batch_size, dim, dtype=precise(dtype), device=device),)
 
-    def read(self, h: Tensor, memory: Memory, n_chunks: int) -> Tensor:
+    def read(self, h: Tensor, memory: Memory, chunks: Sequence[int]) -> Tensor:
         """h: [B, s, D], tokens of one chunk; returns it with what they read added."""
-        return h + self._project(memory[0], n_chunks, h.dtype).unsqueeze(1)
+        n_chunks = torch.tensor(chunks, device=h.device)[:, None]
+        return h + self._project(memory[0], n_chunks * self.n_summary, h.dtype).unsqueeze(1)
 
-    def write(self, memory: Memory, pooled: Tensor, n_chunks: int) -> Memory:
-        """The memory after chunk number `n_chunks`, whose pooled tokens are [B, m, D]."""
-        return (memory[0] + self.norm(pooled).sum(1),)
+    def write(
+        self, memory: Memory, pooled: Tensor, chunks: Sequence[int], rows: Sequence[int]
+    ) -> Memory:
+        """The memory once the current chunks of `rows`, pooled to [B, m, D], are over."""
+        ended = torch.zeros(len(chunks), 1, dtype=torch.bool, device=pooled.device)
+        ended[list(rows)] = True
+        return (memory[0] + torch.where(ended, self.norm(pooled).sum(1), 0),)
 
-    def _project(self, total: Tensor, n_chunks: Tensor | int, dtype: torch.dtype) -> Tensor:
-        m, scale = self.n_summary, self.scale
-        weighted = total / (n_chunks * m) if scale is None else total * scale
+    def _project(self, total: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+        """total: [..., D], the sum of `number` summaries (any shape that broadcasts)."""
+        weighted = total / number.clamp(min=1) if self.scale is None else total * self.scale
         return self.wo(weighted.to(dtype))
 
 
@@ -87,6 +110,7 @@ class MemoryAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.backends: Backends = ANYWHERE
         sizes = sizes_of(config)
         dim, width = sizes.dim, sizes.agg_dim
         self.n_heads = sizes.n_heads
@@ -102,51 +126,82 @@ class MemoryAttention(nn.Module):
         start = normal(self.config, self.config.dim)
         return {"wq.weight": start, "wk.weight": start, "wv.weight": start, "wo.weight": ZEROS}
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h: [B, K, S, D], before the site; returns it with what each token reads added."""
+    def forward(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+        """h: [B, K, S, D], before the site; returns it with what each token reads added.
+
+        documents: [B, K, S].
+        """
         n_chunks, length = h.shape[1:3]
         m = self.config.module_n_summary
-        pooled = pool_chunks(h, m, self.config.module_pool).flatten(1, 2)
-        keys, values = self._keys_values(pooled, 0, h.dtype)
-        token_chunk = torch.arange(n_chunks * length, device=h.device) // length
-        slot_chunk = torch.arange(-1, n_chunks * m, device=h.device) // m  # the zero slot's is -1
-        visible = slot_chunk < token_chunk[:, None]
+        pooled = pool_chunks(h, m, self.config.module_pool, documents).flatten(1, 2)
+        numbers = torch.arange(m * n_chunks, device=h.device)
+        keys, values = self._keys_values(pooled, numbers, h.dtype)
+        q_docs = k_docs = None
+        if documents is not None:
+            q_docs = documents.flatten(1)
+            k_docs = F.pad(summary_documents(documents, m).flatten(1), (1, 0), value=EVERY)
+        mask = masks.memory(n_chunks * length, length, n_chunks, m, q_docs=q_docs, k_docs=k_docs)
         here = m * torch.arange(n_chunks, device=h.device)[:, None]  # [K, 1]: the same for S tokens
-        return h + self._attend(h, here, keys, values, visible)
+        return h + self._attend(h, here, keys, values, mask)
 
     def empty_memory(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Memory:
         empty = torch.empty(batch_size, 0, self.n_heads, self.head_dim, dtype=dtype, device=device)
         return empty, empty
 
-    def read(self, h: Tensor, memory: Memory, n_chunks: int) -> Tensor:
+    def read(self, h: Tensor, memory: Memory, chunks: Sequence[int]) -> Tensor:
         """h: [B, s, D], tokens of one chunk; returns it with what they read added."""
-        here = torch.full((1,), n_chunks * self.config.module_n_summary, device=h.device)
-        return h + self._attend(h, here, *memory, visible=None)
+        m, n_slots = self.config.module_n_summary, 1 + memory[0].shape[1]
+        n_chunks = torch.tensor(chunks, device=h.device)[:, None]
+        q_docs = k_docs = None
+        if m * min(chunks) < n_slots - 1:
+            # Rows with fewer chunks have room at the end of their memory that holds nothing.
+            slot = torch.arange(n_slots, device=h.device)
+            k_docs = (slot > m * n_chunks).long()
+            q_docs = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
+        mask = masks.everything(h.shape[1], n_slots, q_docs=q_docs, k_docs=k_docs)
+        return h + self._attend(h, m * n_chunks, *memory, mask)
 
-    def write(self, memory: Memory, pooled: Tensor, n_chunks: int) -> Memory:
-        """The memory after chunk number `n_chunks`, whose pooled tokens are [B, m, D]."""
-        first = n_chunks * self.config.module_n_summary
-        new = self._keys_values(pooled, first, memory[0].dtype)
-        return tuple(torch.cat((old, more), dim=1) for old, more in zip(memory, new, strict=True))
+    def write(
+        self, memory: Memory, pooled: Tensor, chunks: Sequence[int], rows: Sequence[int]
+    ) -> Memory:
+        """The memory once the current chunks of `rows`, pooled to [B, m, D], are over."""
+        m = self.config.module_n_summary
+        places = m * torch.tensor(chunks, device=pooled.device)[:, None] + torch.arange(
+            m, device=pooled.device
+        )
+        new = self._keys_values(pooled, places, memory[0].dtype)
+        if len(set(chunks)) == 1 and len(rows) == len(chunks):
+            return tuple(torch.cat(pair, dim=1) for pair in zip(memory, new, strict=True))
+        width = max(memory[0].shape[1], m * (1 + max(chunks[row] for row in rows)))
+        index = torch.tensor(rows, device=pooled.device)
+        grown = [_widen(old, width) for old in memory]  # a copy: older states stay valid
+        for old, more in zip(grown, new, strict=True):
+            old[index[:, None], places[index]] = more[index]
+        return tuple(grown)
 
-    def _keys_values(self, pooled: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """pooled: [B, n, D], the summaries from number `first` on; returns [B, n, heads, d]."""
+    def _keys_values(
+        self, pooled: Tensor, numbers: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """pooled: [B, n, D], the summaries of these numbers ([n] or [B, n]) -> [B, n, heads, d]."""
         s = self.norm(pooled).to(dtype)
         k, v = (w(s).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
-        numbers = torch.arange(first, first + s.shape[1], device=s.device)
         return self._turn(k, numbers), v
 
-    def _attend(
-        self, h: Tensor, here: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def _attend(self, h: Tensor, here: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         """h: [B, ..., D]; here: the number of the first summary of each token's own chunk."""
         q = self.wq(self.query_norm(h)).unflatten(-1, (-1, self.head_dim))
         q = self._turn(q, here).flatten(1, -3)
         keys, values = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (keys, values))
-        return self.wo(masked_attention(q, keys, values, visible).flatten(-2)).view_as(h)
+        y = attend(q, keys, values, mask, self.backends)
+        return self.wo(y.flatten(-2)).view_as(h)
 
     def _turn(self, x: Tensor, numbers: Tensor) -> Tensor:
         return apply_rope(x, make_rope(numbers, self.head_dim, self.config.rope_theta, x.dtype))
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    """[B, n, ...] -> [B, width, ...], with zeros at the end."""
+    return torch.cat((x, x.new_zeros(x.shape[0], width - x.shape[1], *x.shape[2:])), dim=1)
 
 
 Aggregation = WeightedSum | MemoryAttention
@@ -158,42 +213,31 @@ def make_sites(config: ModelConfig) -> nn.ModuleList:
     return nn.ModuleList(AGGREGATIONS[config.module_agg](config) for _ in range(n_sites(config)))
 
 
-def pool_chunks(h: Tensor, n_summary: int, pool: Pool) -> Tensor:
-    """One vector per sub-chunk, its mean or its last token; [B, K, S, D] -> [B, K, m, D].
-
-    In the precision of sums (`precise`), as what follows adds many of them up.
-    """
-    parts = h.unflatten(2, (n_summary, -1))
-    wide = precise(h.dtype)
-    return parts.mean(3, dtype=wide) if pool == "mean" else parts[:, :, :, -1].to(wide)
-
-
-def pool_piece(pooled: Tensor, h: Tensor, start: int, length: int, pool: Pool) -> Tensor:
-    """`pool_chunks` for a chunk that arrives in pieces.
-
-    pooled: [B, m, D], zeros before the first piece; h: [B, s, D], the tokens from `start` on of
-    a chunk of `length`; returns the new `pooled`, final once the whole chunk went in.
-    """
-    pooled = pooled.clone()
-    part, end = length // pooled.shape[1], start + h.shape[1]
-    for r in range(start // part, -(-end // part)):
-        if pool == "mean":
-            tokens = h[:, max(r * part - start, 0) : (r + 1) * part - start]
-            pooled[:, r] += tokens.sum(1, dtype=pooled.dtype) / part
-        elif (r + 1) * part <= end:
-            pooled[:, r] = h[:, (r + 1) * part - start - 1]
-    return pooled
-
-
 @dataclass(frozen=True)
 class SiteState:
     """What a site keeps between pieces.
 
-    pooled: [B, m, D], of the current chunk so far; memory: of the chunks before it
+    pooled: [B, m, D], of the current chunk so far; memory: of the chunks before it, each [B, ...]
     """
 
     pooled: Tensor
     memory: Memory
+
+    def select(self, rows: Sequence[int]) -> SiteState:
+        """These rows only, in this order."""
+        index = torch.tensor(rows, device=self.pooled.device)
+        return SiteState(self.pooled[index], tuple(x[index] for x in self.memory))
+
+    @staticmethod
+    def join(states: Sequence[SiteState]) -> SiteState:
+        """The rows of several, one after the other; memories of unequal length get room."""
+        return SiteState(
+            torch.cat([state.pooled for state in states]),
+            tuple(
+                torch.cat([_widen(x, max(y.shape[1] for y in each)) for x in each])
+                for each in zip(*(state.memory for state in states), strict=True)
+            ),
+        )
 
 
 def empty_site(
@@ -206,17 +250,19 @@ def empty_site(
 
 
 def advance(
-    agg: Aggregation, config: ModelConfig, h: Tensor, state: SiteState, chunk: int, start: int
+    agg: Aggregation, config: ModelConfig, h: Tensor, state: SiteState, t: Sequence[int]
 ) -> tuple[Tensor, SiteState]:
-    """Pass a piece of chunk number `chunk`, its tokens from `start` on, through a site.
+    """Pass the next tokens of each row, which lie in one chunk, through a site.
 
-    h: [B, s, D], within the chunk. Returns what the next module sees, and the new state.
+    h: [B, s, D], row b after t[b] tokens. Returns what the next module sees, and the new state.
     """
     length = config.module_seq_len
     assert length is not None, "a model without chunks has no site states"
-    pooled = pool_piece(state.pooled, h, start, length, config.module_pool)
-    out = agg.read(h, state.memory, chunk) if chunk else h
-    if start + h.shape[1] < length:
+    chunks, starts = [n // length for n in t], [n % length for n in t]
+    pooled = pool_piece(state.pooled, h, starts, length, config.module_pool)
+    out = agg.read(h, state.memory, chunks) if any(chunks) else h
+    ended = [row for row, start in enumerate(starts) if start + h.shape[1] == length]
+    if not ended:
         return out, SiteState(pooled, state.memory)
-    memory = agg.write(state.memory, pooled, chunk)
-    return out, SiteState(torch.zeros_like(pooled), memory)
+    memory = agg.write(state.memory, pooled, chunks, ended)
+    return out, SiteState(pooled.index_fill(0, torch.tensor(ended, device=h.device), 0), memory)

@@ -65,9 +65,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     6 per parameter that multiplies the token, and 12 times the attention's width per visible
     (query, key) pair and layer; pairs are counted exactly, padding and recomputation not at all.
+    A document mask, which hides pairs according to the data, is not counted.
     """
     z = sizes_of(config)
-    local = z.n_layers * 12 * z.attn_dim * _causal_pairs(seq_len, _chunk(config, seq_len))
+    local = z.n_layers * 12 * z.attn_dim * _visible_pairs(config, seq_len)
     sites = n_sites(config) * _site_flops(config, seq_len)
     return 6 * parameters(config).matmul + (local + sites) / seq_len
 
@@ -90,11 +91,12 @@ def _site_flops(config: ModelConfig, seq_len: int) -> int:
 def state_elements(config: ModelConfig, t: int) -> int:
     """Numbers that decoding holds per sequence after t tokens, at the fullest point of a chunk.
 
-    Keys and values of up to one chunk in every layer; per site the pooled current chunk, and
-    the running sum (`avg`, `sum`) or the keys and values of all earlier summaries (`stack`).
+    Keys and values of up to one chunk, and of what it looks back at, in every layer; per site the
+    pooled current chunk, and the running sum (`avg`, `sum`) or the keys and values of all earlier
+    summaries (`stack`). With a window all but the oldest token in it, which the next one replaces.
     """
     z = sizes_of(config)
-    cached = 2 * z.n_layers * z.kv_dim * _chunk(config, t)
+    cached = 2 * z.n_layers * z.kv_dim * _cached_tokens(config, t)
     if config.module_seq_len is None:
         return cached
     m = config.module_n_summary
@@ -107,6 +109,22 @@ def state_elements(config: ModelConfig, t: int) -> int:
 
 def _chunk(config: ModelConfig, seq_len: int) -> int:
     return min(config.module_seq_len or seq_len, seq_len)
+
+
+def _cached_tokens(config: ModelConfig, t: int) -> int:
+    if config.sliding_window is not None:
+        return min(config.sliding_window - 1, t)
+    chunk = _chunk(config, t)
+    return max(chunk, config.module_lookback + min(t - chunk, chunk)) if t > chunk else chunk
+
+
+def _visible_pairs(config: ModelConfig, seq_len: int) -> int:
+    """(query, key) pairs of one layer over a sequence."""
+    if config.sliding_window is not None:
+        window = min(config.sliding_window, seq_len)
+        return window * seq_len - window * (window - 1) // 2
+    chunk = _chunk(config, seq_len)
+    return _causal_pairs(seq_len, chunk) + config.module_lookback * (seq_len - chunk)
 
 
 def _causal_pairs(seq_len: int, chunk: int) -> int:

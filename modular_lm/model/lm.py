@@ -44,13 +44,18 @@ class LanguageModel(nn.Module):
         head = {} if self.output is None else {"output.weight": start}
         return {"tok_embeddings.weight": start, **head}
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, T, V] of `tokens` [B, T] (int64), in the type of the computation.
 
         With `targets` [B, T]: instead the negative log-likelihood of each in nats, [B, T], in
         fp32 (fp64 for an fp64 model), 0 where the target is IGNORE.
+
+        With `documents` [B, T], integers >= 0 that grow along a row, tokens of different documents
+        do not see each other, neither within a chunk nor through summaries.
         """
-        h = self.norm(self._body().run_chunks(self.tok_embeddings(tokens)))
+        h = self.norm(self._body().run_chunks(self.tok_embeddings(tokens), documents))
         if targets is None:
             return self._logits(h)
         losses = self._losses(h.flatten(0, 1), targets.flatten())
@@ -73,8 +78,10 @@ class LanguageModel(nn.Module):
     def extend(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits [B, s, V] of the next tokens [B, s], and the state after them.
 
-        Equal to `forward` on all tokens so far, however they are split. A model under FSDP must
-        have this method, and `read` and `write` of its sites, registered as forward methods.
+        Equal to `forward` on all tokens so far, however they are split; rows may stand at different
+        positions (`State.join`, `State.select`). Knows no documents: a row is one. A model under
+        FSDP must have this method, and `read` and `write` of its sites, registered as forward
+        methods.
         """
         h, state = self._body().run_pieces(self.tok_embeddings(tokens), state)
         return self._logits(self.norm(h)), state

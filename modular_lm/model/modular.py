@@ -5,12 +5,12 @@ nothing of them; between two modules the aggregation of that site acts on all ch
 One chunk (or `module_seq_len: null`) runs no site: the dense transformer, to the bit.
 
 `run_chunks` is the parallel form for training; `run_pieces` takes tokens in pieces of any length,
-prompt or single token alike, and gives the same result.
+prompt or single token alike, and gives the same result. Its rows may stand at different positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from modular_lm.config.schema import ModelConfig
 from modular_lm.model.aggregation import Aggregation, SiteState, advance, empty_site
 from modular_lm.model.block import Block
-from modular_lm.model.layers import make_rope
+from modular_lm.model.kernels import border_masks
+from modular_lm.model.layers import Rope, make_rope
+from modular_lm.model.masks import causal
 from modular_lm.model.mixers import MixerState, Segments
 from modular_lm.model.sizes import sizes_of
 
@@ -30,12 +32,32 @@ from modular_lm.model.sizes import sizes_of
 class State:
     """What is remembered of the tokens so far: a value, older ones stay valid.
 
-    t: number of tokens; layers: per layer, of the current chunk only; sites: per aggregation site
+    t: number of tokens of each row; layers: per layer, of the current chunk (and what the next
+    one looks back at); sites: per aggregation site
     """
 
-    t: int
+    t: tuple[int, ...]
     layers: tuple[MixerState, ...]
     sites: tuple[SiteState, ...]
+
+    def select(self, rows: Sequence[int]) -> State:
+        """The state of these rows, in this order."""
+        return State(
+            t=tuple(self.t[row] for row in rows),
+            layers=tuple(layer.select(rows) for layer in self.layers),
+            sites=tuple(site.select(rows) for site in self.sites),
+        )
+
+    @staticmethod
+    def join(states: Sequence[State]) -> State:
+        """The rows of several states of one model, one after the other, as one batch."""
+        layers = zip(*(state.layers for state in states), strict=True)
+        sites = zip(*(state.sites for state in states), strict=True)
+        return State(
+            t=tuple(t for state in states for t in state.t),
+            layers=tuple(type(each[0]).join(each) for each in layers),
+            sites=tuple(SiteState.join(each) for each in sites),
+        )
 
 
 @dataclass(frozen=True)
@@ -46,18 +68,27 @@ class Body:
     layers: nn.ModuleList
     aggs: nn.ModuleList
 
-    def run_chunks(self, h: Tensor) -> Tensor:
-        """All layers over whole sequences; h: [B, T, D] -> [B, T, D]."""
+    def run_chunks(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+        """All layers over whole sequences; h: [B, T, D] -> [B, T, D].
+
+        documents: [B, T], >= 0 and growing along a row; tokens of different ones are kept apart.
+        """
         batch, total, _ = h.shape
         length = min(self.config.module_seq_len or total, total)
         n_chunks = -(-total // length)
         if n_chunks > 1:
-            h = F.pad(h, (0, 0, 0, n_chunks * length - total))
-        segments = self._segments(0, length, h)
+            missing = n_chunks * length - total
+            h = F.pad(h, (0, 0, 0, missing))
+            if documents is not None:
+                documents = torch.cat((documents, documents[:, -1:].expand(-1, missing)), dim=1)
+        if documents is not None:
+            documents = documents.unflatten(1, (n_chunks, length))
+        segments = self._whole_chunks(n_chunks, length, h, documents)
         h = h.unflatten(1, (n_chunks, length)).flatten(0, 1)
         for number, module in enumerate(sizes_of(self.config).modules):
             if number > 0 and n_chunks > 1 and len(self.aggs):
-                h = self.aggs[number - 1](h.unflatten(0, (batch, n_chunks))).flatten(0, 1)
+                chunks = h.unflatten(0, (batch, n_chunks))
+                h = self.aggs[number - 1](chunks, documents).flatten(0, 1)
             for i in module:
                 h, _ = self.layers[i](h, segments, None)
         return h.unflatten(0, (batch, n_chunks)).flatten(1, 2)[:, :total]
@@ -68,7 +99,7 @@ class Body:
         # Without chunks nothing is ever aggregated.
         sites = cast("list[Aggregation]", list(self.aggs) if self.config.module_seq_len else [])
         return State(
-            t=0,
+            t=(0,) * batch_size,
             layers=tuple(b.attention.empty_state(batch_size, dtype, device) for b in blocks),
             sites=tuple(empty_site(a, self.config, batch_size, dtype, device) for a in sites),
         )
@@ -82,31 +113,53 @@ class Body:
         return torch.cat(outputs, dim=1), state
 
     def _run_piece(self, h: Tensor, state: State) -> tuple[Tensor, State]:
-        """`run_pieces` for tokens of one chunk."""
-        chunk, start = divmod(state.t, self.config.module_seq_len or state.t + 1)
+        """`run_pieces` for tokens that lie in one chunk of each row."""
+        length = self.config.module_seq_len
+        starts = [t % length if length else t for t in state.t]
         caches, sites = list(state.layers), list(state.sites)
-        if start == 0:
-            caches = [cache.restart() for cache in caches]
-        length = h.shape[1]
-        segments = self._segments(start, length, h)
+        if length and 0 in starts and any(state.t):
+            begins = [start == 0 for start in starts]
+            blocks = cast("list[Block]", list(self.layers))
+            caches = [b.attention.restart(c, begins) for b, c in zip(blocks, caches, strict=True)]
+        segments = Segments(self._rope(starts, h))
         for number, module in enumerate(sizes_of(self.config).modules):
             if number > 0 and sites:
                 agg = cast("Aggregation", self.aggs[number - 1])
-                h, sites[number - 1] = advance(agg, self.config, h, sites[number - 1], chunk, start)
+                h, sites[number - 1] = advance(agg, self.config, h, sites[number - 1], state.t)
             for i in module:
                 h, caches[i] = self.layers[i](h, segments, caches[i])
-        return h, State(state.t + length, tuple(caches), tuple(sites))
+        after = tuple(t + h.shape[1] for t in state.t)
+        return h, State(after, tuple(caches), tuple(sites))
 
-    def _pieces(self, h: Tensor, t: int) -> Iterator[Tensor]:
+    def _pieces(self, h: Tensor, t: Sequence[int]) -> Iterator[Tensor]:
         """Cut [B, s, D], which follows t tokens, so that no piece crosses a chunk's border."""
-        length = self.config.module_seq_len
-        while h.shape[1]:
-            room = h.shape[1] if length is None else length - t % length
-            piece, h = h[:, :room], h[:, room:]
-            t += piece.shape[1]
-            yield piece
+        length, done = self.config.module_seq_len, 0
+        while done < h.shape[1]:
+            room = h.shape[1] - done
+            if length is not None:
+                room = min(room, *(length - (of_row + done) % length for of_row in t))
+            yield h[:, done : done + room]
+            done += room
 
-    def _segments(self, start: int, length: int, like: Tensor) -> Segments:
-        positions = torch.arange(start, start + length, device=like.device)
+    def _whole_chunks(
+        self, n_chunks: int, length: int, like: Tensor, documents: Tensor | None
+    ) -> Segments:
+        """documents: [B, K, S]"""
+        rope = self._rope([0], like, length)
+        lookback = self.config.module_lookback
+        if n_chunks > 1 and lookback:
+            mask, border = border_masks(length, lookback, documents)
+            return Segments(rope, mask, n_chunks, border)
+        rows = None if documents is None else documents.flatten(0, 1)
+        mask = causal(length, window=self.config.sliding_window, q_docs=rows)
+        return Segments(rope, mask, n_chunks)
+
+    def _rope(self, starts: Sequence[int], like: Tensor, length: int | None = None) -> Rope:
+        """At the positions from `starts` on, one for all rows if they agree."""
+        positions = torch.arange(length or like.shape[1], device=like.device)
+        if len(set(starts)) == 1:
+            positions = positions + starts[0]
+        else:
+            positions = positions + torch.tensor(starts, device=like.device)[:, None]
         head_dim = sizes_of(self.config).head_dim
-        return Segments(make_rope(positions, head_dim, self.config.rope_theta, like.dtype))
+        return make_rope(positions, head_dim, self.config.rope_theta, like.dtype)

@@ -78,7 +78,6 @@ def test_the_table_holds_for_the_command_line_too(caplog: pytest.LogCaptureFixtu
     ("part", "key"),
     [
         ("distributed: {tp_size: 2}", "distributed.tp_size=2"),
-        ("model: {sliding_window: 128}", "model.sliding_window=128"),
         ("checkpoint: {init_ckpt_path: /x}", "checkpoint.init_ckpt_path=/x"),
         ("model: {n_future_head: 4}", "model.n_future_head=4"),
         ("optim: {cosine_theta: 3.0}", "optim.cosine_theta=3.0"),

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modular_lm.model.aggregation import MemoryAttention, WeightedSum, pool_chunks, pool_piece
+from modular_lm.model.aggregation import MemoryAttention, WeightedSum
+from modular_lm.model.summaries import pool_chunks, pool_piece, running_sums
 
 from .tiny_models import READING_MODES, tiny_config
 
@@ -155,7 +156,7 @@ def test_pooling_piece_by_piece(part: int, m: int, pool: Any, cuts: list[int]) -
     borders = sorted({0, length, *(c for c in cuts if c < length)})
     pooled = torch.zeros(2, m, DIM, dtype=h.dtype)
     for start, end in itertools.pairwise(borders):
-        pooled = pool_piece(pooled, h[:, start:end], start, length, pool)
+        pooled = pool_piece(pooled, h[:, start:end], [start, start], length, pool)
     expected = pool_chunks(h[:, None], m, pool)[:, 0]
     torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-12)
 
@@ -164,4 +165,50 @@ def test_pooling_of_bf16_sums_in_fp32() -> None:
     """The mean of two neighbouring bf16 numbers is none."""
     h = torch.tensor([1.0, 1.0 + 2**-7], dtype=torch.bfloat16).repeat(256).view(1, 1, 512, 1)
     assert pool_chunks(h, 1, "mean").item() == 1.0 + 2**-8
-    assert pool_piece(torch.zeros(1, 1, 1), h[:, 0], 0, 512, "mean").item() == 1.0 + 2**-8
+    assert pool_piece(torch.zeros(1, 1, 1), h[:, 0], [0], 512, "mean").item() == 1.0 + 2**-8
+
+
+# Documents
+
+
+def documents_of(lengths: list[int], n_chunks: int) -> torch.Tensor:
+    """[1, K, S] ids of documents of these lengths, one after the other."""
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return owners.unflatten(0, (n_chunks, -1))[None]
+
+
+@pytest.mark.parametrize("mode", ["avg", "sum"])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("lengths", [[5, 1, 12, 2], [20], [4, 4, 4, 8], [2, 1, 3, 14]])
+def test_a_token_reads_the_summaries_of_its_own_document(
+    mode: str, m: int, lengths: list[int]
+) -> None:
+    """Summary by summary: those that end in an earlier chunk and in the token's document, each
+    the mean over that document's tokens of its sub-chunk."""
+    n_chunks, length = 5, 4
+    site = make_site(mode, module_n_summary=m, module_sum_scale=0.3)
+    h = some_chunks(n_chunks, length)[:1]
+    documents = documents_of(lengths, n_chunks)
+    expected = h.clone()
+    tokens, owners, part = h.flatten(1, 2)[0], documents.flatten(), length // m
+    for t in range(n_chunks * length):
+        own = []
+        for last in range(part - 1, t // length * length, part):
+            if owners[last] == owners[t]:
+                mine = [i for i in range(last - part + 1, last + 1) if owners[i] == owners[t]]
+                own.append(site.norm(tokens[mine].mean(0)))
+        if own:
+            weight = 0.3 if mode == "sum" else 1 / len(own)
+            expected[0, t // length, t % length] += weight * site.wo(torch.stack(own).sum(0))
+    torch.testing.assert_close(site(h, documents), expected, rtol=1e-11, atol=1e-11)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=30)
+def test_running_sums_begin_anew_with_each_document(lengths: list[int]) -> None:
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    values = torch.randn(1, sum(lengths), 3, generator=torch.Generator().manual_seed(0)).double()
+    sums, numbers = running_sums(values, owners)
+    expected = torch.cat([part.cumsum(0) for part in values[0].split(lengths)])
+    torch.testing.assert_close(sums[0], expected)
+    assert numbers[0, :, 0].tolist() == [i + 1 for n in lengths for i in range(n)]

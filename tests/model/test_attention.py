@@ -2,50 +2,149 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modular_lm.model.attention import causal_attention, masked_attention
+from modular_lm.config.schema import ModelConfig
+from modular_lm.errors import ConfigError
+from modular_lm.model.attention import attend, choose_backends
+from modular_lm.model.kernels import BACKENDS, block_diagonal, sdpa
+from modular_lm.model.masks import Mask, causal, everything
+
+from .mask_strategy import masks, runs
+from .tiny_models import tiny_config
+
+CPU = torch.device("cpu")
 
 
-def by_hand(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
-) -> torch.Tensor:
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
     """softmax(q k / sqrt(d)) v with explicit scores; each key head serves a run of query heads."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    visible = mask.dense(CPU)
+    visible = visible[:, None] if visible.dim() == 3 else visible
     scores = torch.einsum("bshd,bnhd->bhsn", q, k) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return torch.einsum("bhsn,bnhd->bshd", weights, v)
 
 
-def random_qkv(s: int, n: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(s * 100 + n)
-    return tuple(
-        torch.randn(2, length, heads, 8, dtype=torch.float64, generator=generator)
-        for length, heads in ((s, 4), (n, kv_heads), (n, kv_heads))
-    )
+def random_qkv(
+    mask: Mask, kv_heads: int, width: int = 8, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(mask.q_len * 100 + mask.k_len)
+    shapes = ((2, mask.q_len, 4, width), *[(2, mask.k_len, kv_heads, width)] * 2)
+    return tuple(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes)
 
 
-@given(s=st.integers(1, 9), cached=st.integers(0, 9), kv_heads=st.sampled_from([1, 2, 4]))
+@given(mask=masks(), kv_heads=st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=100)
+def test_every_mask_by_sdpa(mask: Mask, kv_heads: int) -> None:
+    q, k, v = random_qkv(mask, kv_heads)
+    expected = by_hand(q, k, v, mask)
+    torch.testing.assert_close(attend(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@given(mask=masks(), kv_heads=st.sampled_from([1, 4]))
+@settings(deadline=None, max_examples=15)
+def test_every_mask_by_flex(mask: Mask, kv_heads: int) -> None:
+    q, k, v = random_qkv(mask, kv_heads, 16, torch.float32)
+    y = attend(q, k, v, mask, {mask.kind: "flex"})
+    torch.testing.assert_close(y, by_hand(q, k, v, mask), rtol=1e-4, atol=1e-4)
+
+
+@given(mask=masks().filter(lambda mask: mask.kind != "memory"))
 @settings(deadline=None, max_examples=40)
-def test_queries_are_the_last_positions_and_see_no_later_key(
-    s: int, cached: int, kv_heads: int
+def test_every_mask_of_xformers_is_the_dense_one(mask: Mask) -> None:
+    """Its rows are packed into one, each with a block of its own."""
+    pytest.importorskip("xformers")
+    rows = 2
+    shape = (rows * mask.q_len, rows * mask.k_len)
+    dense = mask.dense(CPU).expand(rows, mask.q_len, mask.k_len)
+    bias = block_diagonal(mask, rows).materialize(shape, dtype=torch.float64)
+    assert torch.equal(bias == 0, torch.block_diag(*dense).bool())
+
+
+@given(total=st.integers(1, 40), window=st.integers(1, 12), seed=st.none() | st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_a_window_in_blocks_is_the_window(total: int, window: int, seed: int | None) -> None:
+    mask = causal(total, window=window, q_docs=None if seed is None else runs(total, seed))
+    q, k, v = random_qkv(mask, 2)
+    torch.testing.assert_close(sdpa(q, k, v, mask), by_hand(q, k, v, mask), rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_needs_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    dense = Mask.dense
+
+    def watched(self: Mask, device: torch.device) -> torch.Tensor:
+        built.append(self.q_len * self.k_len)
+        return dense(self, device)
+
+    monkeypatch.setattr(Mask, "dense", watched)
+    mask = causal(512, window=8)
+    sdpa(*random_qkv(mask, 2), mask)
+    assert built == [8 * 16]
+
+
+def test_plain_masks_are_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Mask, "dense")
+    for mask in (causal(8), causal(1, 8), everything(3, 8)):
+        sdpa(*random_qkv(mask, 2), mask)
+
+
+# Choosing
+
+
+def choose(wanted: str, config: ModelConfig, *, training: bool = True, documents: bool = False):
+    return choose_backends(
+        wanted,
+        config,
+        document_mask=documents,
+        device=CPU,
+        dtype=torch.float32,
+        training=training,
+    )
+
+
+def test_on_a_cpu_auto_is_sdpa_for_all() -> None:
+    assert choose("auto", tiny_config(module_agg="stack", module_seq_len=8), documents=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("xformers", "distributed.attn_impl=xformers: xformers has kernels for GPUs only"),
+        ("flex", "distributed.attn_impl=flex: flex_attention has no backward pass on the CPU"),
+    ],
+)
+def test_an_impossible_backend_is_refused_with_the_reason(wanted: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        choose(wanted, tiny_config())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_works_on_a_cpu_where_nothing_is_learned() -> None:
+    config = tiny_config(
+        dim=32, module_agg="stack", module_seq_len=8, module_lookback=4, module_agg_dim=32
+    )
+    chosen = choose("flex", config, training=False, documents=True)
+    assert chosen == dict.fromkeys(("plain", "causal", "documents", "memory"), "flex")
+
+
+def test_a_backend_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    q, k, v = random_qkv(s, cached + s, kv_heads)
-    visible = torch.arange(cached + s) <= torch.arange(cached, cached + s)[:, None]
-    expected = by_hand(q, k, v, visible)
-    torch.testing.assert_close(causal_attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setitem(BACKENDS, "flex", lambda q, k, v, mask: 1.01 * sdpa(q, k, v, mask))
+    with pytest.raises(ConfigError, match="flex computes something else"):
+        choose("flex", tiny_config(), training=False)
 
 
-def test_masked_attention_follows_its_mask() -> None:
-    q, k, v = random_qkv(5, 7, 4)
-    visible = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.5
-    visible[:, 0] = True
-    torch.testing.assert_close(
-        masked_attention(q, k, v, visible), by_hand(q, k, v, visible), rtol=1e-12, atol=1e-12
-    )
-    everything = torch.ones(5, 7, dtype=torch.bool)
-    torch.testing.assert_close(
-        masked_attention(q, k, v, None), by_hand(q, k, v, everything), rtol=1e-12, atol=1e-12
-    )
+def test_a_backend_that_fails_is_refused_with_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(BACKENDS, "flex", broken)
+    with pytest.raises(ConfigError, match="flex does not work here: no kernel image"):
+        choose("flex", tiny_config(), training=False)

@@ -49,20 +49,27 @@ def attention_pairs(config: Any, seq_len: int) -> tuple[int, int]:
     """Visible (query, key) pairs of a layer and of a site of `stack`, by building the masks."""
     chunk = config.module_seq_len or seq_len
     at = torch.arange(seq_len)
-    local = (at <= at[:, None]) & (at // chunk == at[:, None] // chunk)
+    first = at[:, None] // chunk * chunk - config.module_lookback
+    if config.sliding_window is not None:
+        first = at[:, None] - config.sliding_window + 1
+    local = (at <= at[:, None]) & (at >= first)
     owner = torch.arange(-(-seq_len // chunk)).repeat_interleave(config.module_n_summary)
     memory = owner < (at // chunk)[:, None]
     return int(local.sum()), int(memory.sum()) + seq_len  # and the zero slot
 
 
-@given(keys=model_keys(), seq_len=st.integers(1, 30))
+@given(keys=model_keys(), window=st.integers(0, 9), seq_len=st.integers(1, 30))
 @settings(deadline=None, max_examples=60)
-def test_attention_terms_count_visible_pairs(keys: dict[str, Any], seq_len: int) -> None:
+def test_attention_terms_count_visible_pairs(
+    keys: dict[str, Any], window: int, seq_len: int
+) -> None:
+    if window:
+        keys |= {"module_seq_len": None, "sliding_window": window}
     config = tiny_config(**keys)
     z = sizes_of(config)
     local, memory = attention_pairs(config, seq_len)
     total = 6 * parameters(config).matmul * seq_len + 12 * z.n_layers * z.attn_dim * local
-    n_chunks = -(-seq_len // keys["module_seq_len"])
+    n_chunks = -(-seq_len // (config.module_seq_len or seq_len))
     if n_chunks > 1 and config.module_agg in ("avg", "sum"):
         total += n_sites(config) * 6 * z.dim**2 * n_chunks
     elif n_chunks > 1 and config.module_agg == "stack":

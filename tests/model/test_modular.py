@@ -23,6 +23,7 @@ from .tiny_models import (
     READING_MODES,
     VOCAB,
     model_keys,
+    some_documents,
     some_tokens,
     tiny_config,
     tiny_model,
@@ -34,8 +35,16 @@ def assert_equal_in_fp64(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-def dense(weights: dict[str, torch.Tensor], config: ModelConfig, tokens: torch.Tensor) -> Any:
-    """Llama, written down once more as plain functions of a state dict."""
+def dense(
+    weights: dict[str, torch.Tensor],
+    config: ModelConfig,
+    tokens: torch.Tensor,
+    visible: torch.Tensor | None = None,
+) -> Any:
+    """Llama, written down once more as plain functions of a state dict.
+
+    visible: [T, T] or [B, T, T], which tokens see which; default: those up to their own.
+    """
     z = sizes_of(config)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -59,7 +68,8 @@ def dense(weights: dict[str, torch.Tensor], config: ModelConfig, tokens: torch.T
         q, k, v = (times(x, f"{at}.attention.w{n}").unflatten(-1, (-1, z.head_dim)) for n in "qkv")
         q, k, v = rope(q).transpose(1, 2), rope(k).transpose(1, 2), v.transpose(1, 2)
         k, v = (x.repeat_interleave(z.n_heads // z.n_kv_heads, dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = visible[:, None] if visible is not None and visible.dim() == 3 else visible
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
         h = h + times(y.transpose(1, 2).flatten(-2), f"{at}.attention.wo")
         x = norm(h, f"{at}.ffn_norm")
         gate = F.silu(times(x, f"{at}.feed_forward.w1"))
@@ -100,7 +110,7 @@ def test_sites_of_a_single_chunk_get_no_gradient() -> None:
     assert all(p.grad is not None for p in model.layers.parameters())
 
 
-@given(keys=model_keys(modes=("drop",)), length=st.integers(2, 24))
+@given(keys=model_keys(modes=("drop",), lookback=False), length=st.integers(2, 24))
 @settings(deadline=None, max_examples=20)
 def test_drop_is_the_dense_model_on_each_chunk(keys: dict[str, Any], length: int) -> None:
     model = tiny_model(**keys)
@@ -110,12 +120,109 @@ def test_drop_is_the_dense_model_on_each_chunk(keys: dict[str, Any], length: int
     assert_equal_in_fp64(model(tokens), expected)
 
 
-@pytest.mark.parametrize("mode", READING_MODES)
-def test_every_mode_starts_as_drop(mode: str) -> None:
-    tokens = some_tokens(2, 14)
-    drop = tiny_model(torch.float32, module_agg="drop", module_seq_len=4)
-    model = tiny_model(torch.float32, reading=False, module_agg=mode, module_seq_len=4)
+@given(keys=model_keys(modes=READING_MODES), length=st.integers(1, 24))
+@settings(deadline=None, max_examples=20)
+def test_every_mode_starts_as_drop(keys: dict[str, Any], length: int) -> None:
+    tokens = some_tokens(2, length)
+    model = tiny_model(torch.float32, reading=False, **keys)
+    drop = tiny_model(torch.float32, **(keys | {"module_agg": "drop"}))
     assert torch.equal(model(tokens), drop(tokens))
+
+
+# Look-back, window, documents
+
+
+@given(keys=model_keys(modes=("drop",)), length=st.integers(1, 24), packed=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_drop_with_look_back_is_the_dense_model_with_a_mask(
+    keys: dict[str, Any], length: int, packed: bool
+) -> None:
+    """Token t sees its chunk and `module_lookback` tokens before it; positions may go on counting,
+    since only their differences matter."""
+    model = tiny_model(**keys)
+    tokens = some_tokens(2, length)
+    j, t = torch.arange(length), torch.arange(length)[:, None]
+    chunk = keys["module_seq_len"]
+    visible = (j <= t) & (j >= t // chunk * chunk - keys["module_lookback"])
+    documents = some_documents(2, length) if packed else None
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    expected = dense(dict(model.state_dict()), model.config, tokens, visible)
+    assert_equal_in_fp64(model(tokens, documents=documents), expected)
+
+
+@given(window=st.integers(1, 12), length=st.integers(1, 24), packed=st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_a_sliding_window_is_the_dense_model_with_a_mask(
+    window: int, length: int, packed: bool
+) -> None:
+    model = tiny_model(sliding_window=window, n_kv_heads=1)
+    tokens = some_tokens(2, length)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    visible = (distance >= 0) & (distance < window)
+    documents = some_documents(2, length) if packed else None
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    expected = dense(dict(model.state_dict()), model.config, tokens, visible)
+    assert_equal_in_fp64(model(tokens, documents=documents), expected)
+
+
+def test_baselines_have_the_trunk_and_the_initial_weights_of_every_mode() -> None:
+    baselines = [{"sliding_window": 4}, {"module_seq_len": None}]
+    modes = [{"module_agg": m, "module_seq_len": 4, "module_lookback": 2} for m in MODES]
+    models = [tiny_model(torch.float32, reading=False, **keys) for keys in baselines + modes]
+    trunk = {n: w for n, w in models[0].state_dict().items() if not n.startswith("aggs")}
+    for model in models:
+        weights = model.state_dict()
+        assert {n for n in weights if not n.startswith("aggs")} == trunk.keys()
+        assert all(torch.equal(weights[n], trunk[n]) for n in trunk)
+
+
+@given(keys=model_keys(), length=st.integers(2, 24), seed=st.integers(0, 99), data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_document_changes_no_bit_of_another_one(
+    keys: dict[str, Any], length: int, seed: int, data: st.DataObject
+) -> None:
+    model = tiny_model(torch.float32, **keys)
+    tokens, documents = some_tokens(2, length), some_documents(2, length, seed)
+    at = data.draw(st.integers(0, length - 1))
+    touched = documents == documents[:, at : at + 1]
+    other = torch.where(touched, (tokens + 1 + some_tokens(2, length, seed=1) % 20) % VOCAB, tokens)
+    before, after = model(tokens, documents=documents), model(other, documents=documents)
+    assert torch.equal(before[~touched], after[~touched])
+    assert not torch.equal(before[:, at], after[:, at])
+
+
+@given(keys=model_keys(), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_documents_that_begin_with_a_chunk_are_as_if_alone(
+    keys: dict[str, Any], lengths: list[int]
+) -> None:
+    """Others are cut into chunks elsewhere. The rest of a last chunk is a document of its own."""
+    chunk = keys["module_seq_len"]
+    model = tiny_model(**keys)
+    rows, owners, alone = [], [], []
+    for number, length in enumerate(lengths):
+        document = some_tokens(1, length, seed=number)
+        filled = -(-length // chunk) * chunk
+        rows.append(F.pad(document, (0, filled - length), value=7))
+        owner = torch.full((1, filled), 2 * number)
+        owner[:, length:] += 1
+        owners.append(owner)
+        alone.append(model(document))
+    logits = model(torch.cat(rows, dim=1), documents=torch.cat(owners, dim=1))
+    starts = [0, *itertools.accumulate(row.shape[1] for row in rows)]
+    for start, length, expected in zip(starts, lengths, alone, strict=False):
+        assert_equal_in_fp64(logits[:, start : start + length], expected)
+
+
+@given(keys=model_keys(), length=st.integers(1, 24))
+@settings(deadline=None, max_examples=20)
+def test_one_document_is_as_none(keys: dict[str, Any], length: int) -> None:
+    model = tiny_model(**keys)
+    tokens = some_tokens(2, length)
+    documents = torch.zeros(2, length, dtype=torch.int64)
+    assert_equal_in_fp64(model(tokens, documents=documents), model(tokens))
 
 
 # Causality
@@ -195,21 +302,64 @@ def extend_in_pieces(
 @given(
     keys=model_keys(),
     chunked=st.integers(0, 4),
+    window=st.none() | st.integers(1, 9),
     length=st.integers(1, 30),
     cuts=st.lists(st.integers(1, 29), max_size=6),
 )
 @settings(deadline=None, max_examples=120)
 def test_any_split_of_the_input_gives_the_parallel_logits(
-    keys: dict[str, Any], chunked: int, length: int, cuts: list[int]
+    keys: dict[str, Any], chunked: int, window: int | None, length: int, cuts: list[int]
 ) -> None:
     if not chunked:
-        keys["module_seq_len"] = None
+        keys |= {"module_seq_len": None, "sliding_window": window}
     model = tiny_model(**keys)
     tokens = some_tokens(2, length)
     borders = sorted({0, length, *(c for c in cuts if c < length)})
     logits, state = extend_in_pieces(model, tokens, borders)
     assert_equal_in_fp64(logits, model(tokens))
-    assert state.t == length
+    assert state.t == (length, length)
+
+
+@given(
+    keys=model_keys(),
+    chunked=st.integers(0, 4),
+    window=st.none() | st.integers(1, 9),
+    read=st.lists(st.integers(0, 14), min_size=2, max_size=3),
+    more=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=80)
+def test_rows_at_different_positions_are_as_if_alone(
+    keys: dict[str, Any],
+    chunked: int,
+    window: int | None,
+    read: list[int],
+    more: list[int],
+    data: st.DataObject,
+) -> None:
+    """Each row reads a prompt of its own length; joined, all go on together; one leaves."""
+    if not chunked:
+        keys |= {"module_seq_len": None, "sliding_window": window}
+    model = tiny_model(**keys)
+    tokens = some_tokens(len(read), max(read) + sum(more))
+    states = []
+    for row, n in enumerate(read):
+        state = model.init_state(1)
+        if n:
+            _, state = model.extend(tokens[row : row + 1, :n], state)
+        states.append(state)
+    state, rows = State.join(states), list(range(len(read)))
+    for n in more:
+        piece = torch.cat([tokens[r : r + 1, read[r] : read[r] + n] for r in rows])
+        logits, state = model.extend(piece, state)
+        for at, row in enumerate(rows):
+            expected = model(tokens[row : row + 1, : read[row] + n])[:, -n:]
+            assert_equal_in_fp64(logits[at : at + 1], expected)
+        read = [r + n for r in read]
+        if len(rows) > 1 and data.draw(st.booleans()):
+            order = data.draw(st.permutations(range(len(rows))))[:-1]
+            state, rows = state.select(order), [rows[i] for i in order]
+    assert state.t == tuple(read[row] for row in rows)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -237,12 +387,20 @@ def elements(state: State) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("chunk", [4, None])
+@pytest.mark.parametrize(
+    ("chunk", "lookback", "window"), [(4, 0, None), (4, 3, None), (None, 0, None), (None, 0, 5)]
+)
 def test_the_state_has_the_stated_size_and_caches_end_with_the_chunk(
-    mode: str, chunk: int | None
+    mode: str, chunk: int | None, lookback: int, window: int | None
 ) -> None:
     model = tiny_model(
-        module_agg=mode, module_seq_len=chunk, module_n_summary=2, module_agg_dim=8, n_kv_heads=1
+        module_agg=mode,
+        module_seq_len=chunk,
+        module_lookback=lookback,
+        sliding_window=window,
+        module_n_summary=2,
+        module_agg_dim=8,
+        n_kv_heads=1,
     )
     state, fullest = model.init_state(1), 0
     tokens = some_tokens(1, 18)
@@ -253,7 +411,7 @@ def test_the_state_has_the_stated_size_and_caches_end_with_the_chunk(
         if chunk is None or t <= chunk or t % chunk == 0:
             assert elements(state) == bound
         assert elements(state) <= fullest <= bound
-        assert max(cache.k.shape[1] for cache in state.layers) <= (chunk or t)
+        assert max(cache.k.shape[1] for cache in state.layers) <= (chunk or t) + lookback
 
 
 def test_sums_are_kept_in_fp32_beside_a_bf16_cache() -> None:

@@ -38,18 +38,28 @@ def tiny_model(
     return model
 
 
+def some_documents(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """[B, T] ids that grow along a row, of documents of a few tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(batch, length, generator=generator) < 0.2).long().cumsum(1)
+
+
 def some_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
-def model_keys(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> dict[str, Any]:
-    """`model.*` keys over all modes, chunk lengths, module depths and head counts."""
+def model_keys(
+    draw: st.DrawFn, modes: tuple[str, ...] = MODES, *, lookback: bool = True
+) -> dict[str, Any]:
+    """`model.*` keys over all modes, chunk lengths, look-backs, module depths and head counts."""
     n_summary = draw(st.sampled_from([1, 2, 3]))
+    chunk = n_summary * draw(st.integers(1, 4))
     return {
         "module_agg": draw(st.sampled_from(modes)),
         "module_n_summary": n_summary,
-        "module_seq_len": n_summary * draw(st.integers(1, 4)),
+        "module_seq_len": chunk,
+        "module_lookback": draw(st.just(0) | st.integers(0, chunk)) if lookback else 0,
         "module_pool": draw(st.sampled_from(["mean", "last"])),
         "module_agg_dim": draw(st.sampled_from([4, 8])),
         "n_layers": draw(st.integers(2, 4)),

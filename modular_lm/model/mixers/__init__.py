@@ -3,11 +3,12 @@
 A mixer is an `nn.Module` built from a resolved `ModelConfig`, with
 
 - `forward(x, segments, state) -> (y, state)`: x, y: [B, s, D]. Causal within a row; nothing
-  crosses rows. `state` is what earlier calls left behind of the same rows, and the new one is
-  returned: a value, the old one stays valid. With None the rows begin here and no state is kept
-  (training).
-- `empty_state(batch_size, dtype, device) -> state`: the state before the first token; a state's
-  `restart()` gives the same for rows that begin a new segment.
+  crosses rows, but for the look-back from a chunk to the one before. `state` is what earlier calls
+  left behind of the same rows, and the new one is returned: a value, the old one stays valid. With
+  None the rows begin here and no state is kept (training).
+- `empty_state(batch_size, dtype, device) -> state`: the state before the first token;
+  `restart(state, begins)`: what is left of it for the rows b with `begins[b]`, at the start of a
+  new segment. A state can `select(rows)`, and `join(states)` puts rows together.
 - `initial_weights()`, see `layers`.
 """
 

@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_lm.config.schema import ModelConfig
-from modular_lm.model.attention import causal_attention
-from modular_lm.model.layers import Initial, apply_rope, linear, normal
+from modular_lm.model.attention import ANYWHERE, Backends, attend
+from modular_lm.model.kernels import with_border
+from modular_lm.model.layers import Initial, apply_rope, linear, make_rope, normal
+from modular_lm.model.masks import Mask, causal
 from modular_lm.model.mixers.segments import Segments
 from modular_lm.model.sizes import sizes_of
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Rotated keys, and values, of the segment so far; k, v: [B, n, n_kv_heads, head_dim].
+    """Rotated keys, and values, that are still needed; k, v: [B, n, n_kv_heads, head_dim].
 
+    Row b holds the last `lengths[b]` of the n; what lies before is no longer (or was never) there.
     Grows by concatenation: the copy is of the order of what attention reads anyway, and a state
     that is never written to can be kept and continued in several ways.
     """
 
     k: Tensor
     v: Tensor
+    lengths: tuple[int, ...]
 
     def append(self, k: Tensor, v: Tensor) -> KVCache:
-        return KVCache(torch.cat((self.k, k), dim=1), torch.cat((self.v, v), dim=1))
+        lengths = tuple(n + k.shape[1] for n in self.lengths)
+        return KVCache(torch.cat((self.k, k), dim=1), torch.cat((self.v, v), dim=1), lengths)
 
-    def restart(self) -> KVCache:
-        """For the same rows at the start of their next segment."""
-        return KVCache(self.k[:, :0], self.v[:, :0])
+    def newest(self, lengths: Sequence[int]) -> KVCache:
+        """Only the last `lengths[b]` of each row, or all where there are fewer."""
+        kept = tuple(map(min, self.lengths, lengths))
+        first = self.k.shape[1] - max(kept)
+        return KVCache(self.k[:, first:], self.v[:, first:], kept)
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """These rows only, in this order."""
+        index = torch.tensor(rows, device=self.k.device)
+        lengths = tuple(self.lengths[row] for row in rows)
+        return KVCache(self.k[index], self.v[index], lengths).newest(lengths)
+
+    @staticmethod
+    def join(caches: Sequence[KVCache]) -> KVCache:
+        """The rows of several, one after the other."""
+        width = max(cache.k.shape[1] for cache in caches)
+
+        def stack(parts: list[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, 0, width - x.shape[1], 0)) for x in parts])
+
+        lengths = tuple(n for cache in caches for n in cache.lengths)
+        return KVCache(stack([c.k for c in caches]), stack([c.v for c in caches]), lengths)
+
+    def mask(self, q_len: int, window: int | None) -> Mask:
+        """What the newest `q_len` tokens see of all that is held."""
+        n, device = self.k.shape[1], self.k.device
+        if min(self.lengths) == n:
+            return causal(q_len, n, window=window)
+        missing = n - torch.tensor(self.lengths, device=device)[:, None]
+        # What a row does not hold is to it a document of its own.
+        absent = (torch.arange(n, device=device) < missing).long()
+        return causal(q_len, n, window=window, q_docs=absent[:, n - q_len :], k_docs=absent)
 
 
 class Attention(nn.Module):
-    """The mixer of Llama; see `mixers` for the interface."""
+    """The mixer of Llama; see `mixers` for the interface.
+
+    With `module_lookback` tokens also see the last so many of the chunk before theirs, with
+    `sliding_window` only the last so many, themselves included.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.backends: Backends = ANYWHERE
         sizes = sizes_of(config)
         self.head_dim = sizes.head_dim
         self.n_kv_heads = sizes.n_kv_heads
@@ -55,7 +96,18 @@ class Attention(nn.Module):
     def empty_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         shape = (batch_size, 0, self.n_kv_heads, self.head_dim)
         empty = torch.empty(shape, dtype=dtype, device=device)
-        return KVCache(empty, empty)
+        return KVCache(empty, empty, (0,) * batch_size)
+
+    def restart(self, state: KVCache, begins: Sequence[bool]) -> KVCache:
+        kept = self.config.module_lookback
+        state = state.newest([kept if b else n for b, n in zip(begins, state.lengths, strict=True)])
+        if not kept:
+            return state
+        turned = self._before_the_border(state.k)
+        if not all(begins):
+            rows = torch.tensor(begins, device=turned.device)
+            turned = torch.where(rows[:, None, None, None], turned, state.k)
+        return KVCache(turned, state.v, state.lengths)
 
     def forward(
         self, x: Tensor, segments: Segments, state: KVCache | None
@@ -64,5 +116,32 @@ class Attention(nn.Module):
         q, k = apply_rope(q, segments.rope), apply_rope(k, segments.rope)
         if state is not None:
             state = state.append(k, v)
-            k, v = state.k, state.v
-        return self.wo(causal_attention(q, k, v).flatten(-2)), state
+            mask = state.mask(x.shape[1], self.config.sliding_window)
+            y = attend(q, state.k, state.v, mask, self.backends)
+            if self.config.sliding_window is not None:
+                state = state.newest([self.config.sliding_window - 1] * len(state.lengths))
+        elif segments.border is not None:
+            y = self._attend_over_borders(q, k, v, segments)
+        else:
+            assert segments.mask is not None
+            y = attend(q, k, v, segments.mask, self.backends)
+        return self.wo(y.flatten(-2)), state
+
+    def _attend_over_borders(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """q, k, v: [B * K, S, heads, d], each row a chunk."""
+        assert segments.mask is not None
+        assert segments.border is not None
+        q, k, v = (x.unflatten(0, (-1, segments.n_chunks)) for x in (q, k, v))
+        last = slice(k.shape[2] - self.config.module_lookback, None)
+        before = (self._before_the_border(k[:, :-1, last]), v[:, :-1, last])
+        y = with_border(q, k, v, before, (segments.mask, segments.border), self._attend)
+        return y.flatten(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        return attend(q, k, v, mask, self.backends)
+
+    def _before_the_border(self, k: Tensor) -> Tensor:
+        """Keys of a chunk as the next one sees them: turned back by a chunk's length."""
+        assert self.config.module_seq_len is not None
+        back = torch.tensor([-self.config.module_seq_len], device=k.device)
+        return apply_rope(k, make_rope(back, self.head_dim, self.config.rope_theta, k.dtype))

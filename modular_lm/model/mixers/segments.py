@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modular_lm.model.layers import Rope
+from modular_lm.model.masks import Mask
 
 
 @dataclass(frozen=True)
 class Segments:
     """Each row is a stretch of one segment (a chunk, or a whole sequence).
 
-    rope: the rotations at the positions of the stretch, counted from the segment's start: [s, d/2]
+    rope: the rotations at the positions of the stretch, counted from the segment's start: [s, d/2],
+        or [N, s, d/2] where rows stand at different ones
+    mask: what tokens of a row see of each other, for whole segments; None while decoding, where
+        it depends on what the state holds
+    n_chunks: consecutive rows that are the chunks of one sequence
+    border: with look-back, what all chunks but a sequence's first see when the last tokens of the
+        chunk before are put in front of their own; `mask` is then the first chunk's
     """
 
     rope: Rope
+    mask: Mask | None = None
+    n_chunks: int = 1
+    border: Mask | None = None
