@@ -21,6 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modular_lm.config.schema import DistributedConfig, TrainConfig
 from modular_lm.errors import EXIT_FAILED, AgreedError, UserFacingError, reason
+from modular_lm.model.attention import choose_backends, use_backends
+from modular_lm.model.columns import freeze, layers_of
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
 
@@ -112,14 +114,26 @@ def build_model(config: TrainConfig, world: World) -> LanguageModel:
     """A sharded model with its initial weights, which depend on `seed` and the parameters' names.
 
     Built without memory on the meta device and materialised shard by shard, so that no rank ever
-    holds the whole model.
+    holds the whole model. Raises AgreedError if the attention backend asked for cannot be used.
     """
     with torch.device("meta"):
         model = LanguageModel(config.model)
+    freeze(model, config.model)
     if (config.model.module_seq_len or config.data.seq_len) >= config.data.seq_len:
         # With one chunk a sample no aggregation runs: such weights get no gradients, and the
         # optimizer must not wait for any.
         model.aggs.requires_grad_(False)
+    (backends, *_) = world.together(
+        lambda: choose_backends(
+            config.distributed.attn_impl,
+            config.model,
+            document_mask=config.data.document_mask,
+            device=world.device,
+            dtype=DTYPES[config.distributed.model_dtype],
+        ),
+        "attention",
+    )
+    use_backends(model, backends)
     shard(model, config.distributed, world.mesh)
     model.to_empty(device=world.device)
     init_weights(model, config.seed)
@@ -132,7 +146,8 @@ def shard(model: LanguageModel, config: DistributedConfig, mesh: DeviceMesh) -> 
         param_dtype=DTYPES[config.model_dtype], reduce_dtype=torch.float32
     )
     reshard = config.fsdp_type == "full_shard"
-    for unit in [*model.layers, *model.aggs]:
+    columns = (block for name in model.column_names for block in layers_of(model, name))
+    for unit in [*columns, *model.aggs]:
         if config.compile:
             unit.compile()
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

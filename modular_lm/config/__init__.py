@@ -10,6 +10,7 @@ Imports neither torch nor Ray, so that a typo is answered before anything heavy 
 
 from modular_lm.config.load import format_help, load_config, to_dict, to_yaml
 from modular_lm.config.schema import (
+    ConvertConfig,
     DataConfig,
     GenerateConfig,
     ModelConfig,
@@ -20,6 +21,7 @@ from modular_lm.config.schema import (
 )
 
 __all__ = [
+    "ConvertConfig",
     "DataConfig",
     "GenerateConfig",
     "ModelConfig",

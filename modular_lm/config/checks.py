@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from modular_lm.config.load import to_dict
@@ -23,6 +24,8 @@ FIXED = (
     "data.tokenizer.name",
     "data.document_mask",
 )
+_COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = ("base", "auto")
 # Say how a command ends or what it prints, not what it computes.
 _TRANSIENT = ("dry_run", "stop_at")
 
@@ -73,8 +76,34 @@ def resolve_model(model: ModelConfig, seq_len: int, vocab_size: int) -> ModelCon
         module_agg_dim=model.module_agg_dim or max(1, model.dim // 4),
         module_sum_scale=model.module_sum_scale or 1.0 / per_sample,
     )
+    resolved = _resolve_columns(resolved)
     _check_model(resolved)
     return resolved
+
+
+def _resolve_columns(m: ModelConfig) -> ModelConfig:
+    """With the new column among the names, and the route and what is trained filled in."""
+    new, names = m.create_module_name, list(m.module_names)
+    if new is not None and new not in names:
+        names.append(new)
+    for name in names:
+        if not _COLUMN_NAME.fullmatch(name) or name in _RESERVED or names.count(name) > 1:
+            raise ConfigError(
+                f"model.{'create_module_name' if name == new else 'module_names'}={name}: expected "
+                "a new name of letters, digits, - and _, other than base and auto"
+            )
+    route = m.module_route or new or "base"
+    if route not in ("base", *names):
+        raise ConfigError(
+            f"model.module_route={route}: expected a column: {', '.join(['base', *names])}"
+        )
+    if new is not None and route != new:
+        raise ConfigError(
+            f"model.module_route={route}: the new column is trained, "
+            f"model.create_module_name={new}; leave the route out"
+        )
+    train = m.module_train or ("all" if route == "base" else "new")
+    return dataclasses.replace(m, module_names=names, module_route=route, module_train=train)
 
 
 def _normalised(sources: dict[str, float]) -> dict[str, float]:
@@ -122,11 +151,6 @@ def _check_model(m: ModelConfig) -> None:
     if int(8 * m.dim / 3 * (m.ffn_dim_multiplier or 1.0)) < 1:
         raise ConfigError(
             f"model.ffn_dim_multiplier={m.ffn_dim_multiplier}: leaves no feed-forward width"
-        )
-    if m.create_module_name is not None:
-        raise ConfigError(
-            f"model.create_module_name={m.create_module_name}: named modules are not available "
-            "in this version; use null"
         )
 
 

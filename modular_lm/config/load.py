@@ -8,6 +8,7 @@ mean" are ours, so that each message says what was expected.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import operator
@@ -57,8 +58,13 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as a plain nested dict of YAML types."""
-    return dataclasses.asdict(config)
+    """The config as a plain nested dict of YAML types, by the names that users write."""
+    values = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        is_group = dataclasses.is_dataclass(value)
+        values[_key_of(f)] = to_dict(value) if is_group else copy.deepcopy(value)
+    return values
 
 
 def to_yaml(values: dict[str, Any]) -> str:
@@ -145,29 +151,30 @@ def _one_line(error: Exception) -> str:
 
 
 def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {_key_of(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     built: dict[str, Any] = {}
     for name, value in values.items():
         full = f"{path}{name}"
         if name not in fields:
             raise ConfigError(_unknown(cls, path, str(name)))
-        hint = hints[name]
+        attribute = fields[name].name
+        hint = hints[attribute]
         if dataclasses.is_dataclass(hint):
             if value is None:
                 continue
             if not isinstance(value, dict):
-                names = ", ".join(f.name for f in dataclasses.fields(hint))
+                names = ", ".join(_key_of(f) for f in dataclasses.fields(hint))
                 raise ConfigError(f"{full}={value!r}: expected a group of keys ({names})")
-            built[name] = _build(hint, value, f"{full}.")  # type: ignore[type-var]
+            built[attribute] = _build(hint, value, f"{full}.")  # type: ignore[type-var]
         else:
-            built[name] = _convert(hint, value, full)
-            _check_bounds(built[name], fields[name].metadata, full)
+            built[attribute] = _convert(hint, value, full)
+            _check_bounds(built[attribute], fields[name].metadata, full)
     return cls(**built)
 
 
 def _unknown(cls: type, path: str, name: str) -> str:
-    siblings = [f.name for f in dataclasses.fields(cls)]
+    siblings = [_key_of(f) for f in dataclasses.fields(cls)]
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"unknown key {path}{name}: did you mean {path}{close[0]}?"
@@ -191,6 +198,8 @@ def _convert(hint: Any, value: Any, full: str) -> Any:
         hint_text = f"; did you mean {close[0]}?" if close else ""
         choices = ", ".join(map(str, args))
         raise ConfigError(f"{full}={value}: expected one of {choices}{hint_text}")
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], v, full) for v in value]
     if origin is dict and isinstance(value, dict):
         return {str(k): _convert(args[1], v, f"{full}.{k}") for k, v in value.items()}
     if hint is bool and isinstance(value, bool):
@@ -241,11 +250,16 @@ def _leaves(cls: type, path: str) -> Iterable[tuple[str, Any, Any, Any]]:
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, f"{path}{f.name}.")  # type: ignore[arg-type]
+            yield from _leaves(hint, f"{path}{_key_of(f)}.")  # type: ignore[arg-type]
         else:
             factory = f.default_factory
             default = f.default if factory is dataclasses.MISSING else factory()
-            yield f"{path}{f.name}", hint, default, f.metadata
+            yield f"{path}{_key_of(f)}", hint, default, f.metadata
+
+
+def _key_of(f: dataclasses.Field[Any]) -> str:
+    """The name under which users write a field."""
+    return f.metadata.get("name") or f.name
 
 
 def _hint_of(cls: type, dotted: str) -> Any:
@@ -268,6 +282,8 @@ def _type_name(hint: Any) -> str:
         return "|".join(map(str, args))
     if origin is dict:
         return f"{{name: {_type_name(args[1])}}}"
+    if origin is list:
+        return f"[{_type_name(args[0])}, ...]"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return "null" if hint is type(None) else names.get(hint, str(hint))
 
@@ -277,6 +293,8 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_show, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_show(v)}" for k, v in value.items()) + "}"
     return str(value)

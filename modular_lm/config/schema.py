@@ -13,6 +13,8 @@ from typing import Any, Literal
 TokenizerName = Literal["bytes", "sp", "tiktoken"]
 Aggregation = Literal["drop", "avg", "mean", "sum", "stack"]
 Pool = Literal["mean", "last"]
+ColumnInit = Literal["copy", "fresh"]
+ModuleTrain = Literal["new", "all"]
 Mixer = Literal["attention"]
 Scheduler = Literal["cosine", "linear", "constant"]
 FsdpType = Literal["full_shard", "shard_grad_op"]
@@ -112,7 +114,21 @@ class ModelConfig:
         None, "factor of `sum`; default: 1 / (chunks per sample * module_n_summary)", gt=0
     )
     create_module_name: str | None = key(
-        None, "name of an added module column; only null in this version"
+        None, "name of a column to add to the model of checkpoint.init_ckpt_path, and to train"
+    )
+    create_module_init: ColumnInit = key(
+        "copy", "copy: it begins as the base; fresh: newly drawn, doing nothing at first"
+    )
+    module_train: ModuleTrain | None = key(
+        None,
+        "new: only the column of module_route learns; all: what is shared, too; default: "
+        "new for an added column, all for the base",
+    )
+    module_route: str | None = key(
+        None, "the column that chunks run through; default: create_module_name, else base"
+    )
+    module_names: list[str] = key(
+        [], "columns beside the base; default: those of checkpoint.init_ckpt_path, and the new one"
     )
 
 

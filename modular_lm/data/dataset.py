@@ -18,7 +18,7 @@ from modular_lm.config.schema import DataConfig
 from modular_lm.data.builtin import BUILTIN, ensure_builtin
 from modular_lm.data.plan import DataPlan, Int64s, Source
 from modular_lm.data.reader import SourceReader, open_sources
-from modular_lm.errors import DataError
+from modular_lm.errors import ConfigError, DataError
 from modular_lm.tokenizer import Tokenizer
 
 
@@ -45,6 +45,8 @@ class Dataset:
         self.seq_len = config.seq_len
         self.folders = source_folders(config, tokenizer)
         self._readers = [SourceReader(folder, "train") for folder in self.folders.values()]
+        if config.document_mask:
+            _check_borders(self.folders, self._readers)
         self.tokenizer = tokenizer
         sources = [
             Source(name, weight, reader.n_windows(config.seq_len))
@@ -79,6 +81,27 @@ class Dataset:
                 f"weight {source.weight:.6g}, shards {reader.manifest.fingerprint[:16]}"
             )
         return parts
+
+
+def document_ids(tokens: npt.NDArray[np.integer], tokenizer: Tokenizer) -> Int64s:
+    """The document of each token of packed samples, [n, T] -> [n, T]; from 0 on, along each row.
+
+    A document begins with BOS, or behind an EOS.
+    """
+    begins = tokens == tokenizer.bos_id
+    begins[:, 1:] |= tokens[:, :-1] == tokenizer.eos_id
+    begins[:, 0] = False
+    return begins.cumsum(1, dtype=np.int64)
+
+
+def _check_borders(folders: dict[str, Path], readers: list[SourceReader]) -> None:
+    for (name, folder), reader in zip(folders.items(), readers, strict=True):
+        made = reader.manifest.settings
+        if not (made.add_bos or made.add_eos):
+            raise ConfigError(
+                f"data.document_mask=true: data.sources.{name} ({folder}) was prepared with "
+                "neither BOS nor EOS: its documents have no borders; prepare it with add_bos=true"
+            )
 
 
 def source_folders(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Path]:

@@ -159,16 +159,16 @@ class MemoryAttention(nn.Module):
             k_docs = (slot > m * n_chunks).long()
             q_docs = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
         mask = masks.everything(h.shape[1], n_slots, q_docs=q_docs, k_docs=k_docs)
-        return h + self._attend(h, m * n_chunks, *memory, mask)
+        keys, values = memory
+        return h + self._attend(h, m * n_chunks, keys, values, mask)
 
     def write(
         self, memory: Memory, pooled: Tensor, chunks: Sequence[int], rows: Sequence[int]
     ) -> Memory:
         """The memory once the current chunks of `rows`, pooled to [B, m, D], are over."""
         m = self.config.module_n_summary
-        places = m * torch.tensor(chunks, device=pooled.device)[:, None] + torch.arange(
-            m, device=pooled.device
-        )
+        first = m * torch.tensor(chunks, device=pooled.device)
+        places = first[:, None] + torch.arange(m, device=pooled.device)
         new = self._keys_values(pooled, places, memory[0].dtype)
         if len(set(chunks)) == 1 and len(rows) == len(chunks):
             return tuple(torch.cat(pair, dim=1) for pair in zip(memory, new, strict=True))

@@ -17,7 +17,8 @@ class Parameters:
     """Numbers of parameters.
 
     embedding: the table; tied, it is the head as well; head: 0 when tied
-    layers: matrices of all layers; aggs: all of the aggregation sites; norms: those of the trunk
+    layers: matrices of the base's layers; aggs: all of the aggregation sites; norms: those of the
+    base and the last one; columns: all of the columns beside the base
     matmul: those that multiply each token (layers and head, tied or not): the N of 6 N FLOPs
     """
 
@@ -26,6 +27,7 @@ class Parameters:
     aggs: int
     norms: int
     head: int
+    columns: int
     matmul: int
 
     @property
@@ -34,7 +36,7 @@ class Parameters:
 
     @property
     def non_embedding(self) -> int:
-        return self.layers + self.aggs + self.norms + self.head
+        return self.layers + self.aggs + self.norms + self.head + self.columns
 
 
 def parameters(config: ModelConfig) -> Parameters:
@@ -49,6 +51,7 @@ def parameters(config: ModelConfig) -> Parameters:
         aggs=n_sites(config) * _site_parameters(config),
         norms=(2 * z.n_layers + 1) * z.dim,
         head=0 if config.weight_tying else table,
+        columns=len(config.module_names) * (layers + 2 * z.n_layers * z.dim),
         matmul=layers + table,
     )
 

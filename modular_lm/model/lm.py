@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from modular_lm.config.schema import ModelConfig
 from modular_lm.model.aggregation import make_sites
 from modular_lm.model.block import Block
+from modular_lm.model.columns import Column, default_route, layers_of
 from modular_lm.model.layers import Initial, RMSNorm, linear, normal, precise
 from modular_lm.model.modular import Body, State
+from modular_lm.model.sizes import column_names, column_number
 
 IGNORE = -1
 """A target that is not scored: its loss is 0."""
@@ -24,9 +26,9 @@ computed slice by slice, and each slice's logits again in the backward pass."""
 class LanguageModel(nn.Module):
     """A Llama-style decoder over chunks, built from a resolved `ModelConfig`.
 
-    Parameters carry Meta's names, those of the aggregation sites are `aggs.*`; none depends on the
-    chunk length, and there are no buffers. A new model holds no meaningful weights: call
-    `init.init_weights` or load some.
+    Parameters carry Meta's names, those of the aggregation sites are `aggs.*`, those of columns
+    beside the base `columns.*`; none depends on the chunk length, and there are no buffers. A new
+    model holds no meaningful weights: call `init.init_weights` or load some.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -34,10 +36,16 @@ class LanguageModel(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.columns = nn.ModuleDict({name: Column(config) for name in config.module_names})
         self.aggs = make_sites(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # Tied, there is no second parameter: ties do not survive `to_empty` from the meta device.
         self.output = None if config.weight_tying else linear(config.dim, config.vocab_size)
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """The base and all others, by their numbers."""
+        return column_names(self.config)
 
     def initial_weights(self) -> dict[str, Initial]:
         start = normal(self.config, self.config.dim)
@@ -45,7 +53,11 @@ class LanguageModel(nn.Module):
         return {"tok_embeddings.weight": start, **head}
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of `tokens` [B, T] (int64), in the type of the computation.
 
@@ -53,9 +65,12 @@ class LanguageModel(nn.Module):
         fp32 (fp64 for an fp64 model), 0 where the target is IGNORE.
 
         With `documents` [B, T], integers >= 0 that grow along a row, tokens of different documents
-        do not see each other, neither within a chunk nor through summaries.
+        do not see each other, neither within a chunk nor through summaries. With `routes` [B, K],
+        numbers of columns, chunk k of row b runs through `routes[b, k]`, otherwise all run through
+        `module_route`; not with look-back.
         """
-        h = self.norm(self._body().run_chunks(self.tok_embeddings(tokens), documents))
+        h = self._body().run_chunks(self.tok_embeddings(tokens), documents, routes)
+        h = self.norm(h)
         if targets is None:
             return self._logits(h)
         losses = self._losses(h.flatten(0, 1), targets.flatten())
@@ -75,19 +90,25 @@ class LanguageModel(nn.Module):
         weight = self.tok_embeddings.weight
         return self._body().init_state(batch_size, dtype or weight.dtype, device or weight.device)
 
-    def extend(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def extend(
+        self, tokens: Tensor, state: State, route: str | None = None
+    ) -> tuple[Tensor, State]:
         """Logits [B, s, V] of the next tokens [B, s], and the state after them.
 
         Equal to `forward` on all tokens so far, however they are split; rows may stand at different
-        positions (`State.join`, `State.select`). Knows no documents: a row is one. A model under
+        positions (`State.join`, `State.select`). Knows no documents: a row is one. route: the
+        column to run, by default `module_route`; it may change where a chunk begins. A model under
         FSDP must have this method, and `read` and `write` of its sites, registered as forward
         methods.
         """
-        h, state = self._body().run_pieces(self.tok_embeddings(tokens), state)
+        h, state = self._body(route).run_pieces(self.tok_embeddings(tokens), state)
         return self._logits(self.norm(h)), state
 
-    def _body(self) -> Body:
-        return Body(self.config, self.layers, self.aggs)
+    def _body(self, route: str | None = None) -> Body:
+        config = self.config
+        number = default_route(config) if route is None else column_number(config, route)
+        columns = tuple(layers_of(self, name) for name in self.column_names)
+        return Body(config, columns, self.aggs, number)
 
     def _logits(self, h: Tensor) -> Tensor:
         head = self.tok_embeddings if self.output is None else self.output

@@ -93,6 +93,12 @@ class Mask:
         same = self.q_docs[:, :, None] == self.k_docs[:, None, :]
         return visible & (same | (self.k_docs == EVERY)[:, None, :])
 
+    def select(self, rows: Tensor) -> Mask:
+        """For these rows of the batch."""
+        if self.q_docs is None or self.k_docs is None:
+            return self
+        return dataclasses.replace(self, q_docs=self.q_docs[rows], k_docs=self.k_docs[rows])
+
     def without_documents(self) -> Mask:
         """The same rule, a plain value that can be a key of a dict."""
         return dataclasses.replace(self, q_docs=None, k_docs=None)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modular_lm.config.schema import ModelConfig
 from modular_lm.model.aggregation import Aggregation, SiteState, advance, empty_site
 from modular_lm.model.block import Block
+from modular_lm.model.columns import run_columns
 from modular_lm.model.kernels import border_masks
 from modular_lm.model.layers import Rope, make_rope
 from modular_lm.model.masks import causal
@@ -62,16 +63,23 @@ class State:
 
 @dataclass(frozen=True)
 class Body:
-    """The layers and sites of a model, with the config that arranges them; owns no parameters."""
+    """The layers and sites of a model, with the config that arranges them; owns no parameters.
+
+    columns: the layers of each column, the base first; route: the number of the one to run
+    """
 
     config: ModelConfig
-    layers: nn.ModuleList
+    columns: tuple[nn.ModuleList, ...]
     aggs: nn.ModuleList
+    route: int
 
-    def run_chunks(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+    def run_chunks(
+        self, h: Tensor, documents: Tensor | None = None, routes: Tensor | None = None
+    ) -> Tensor:
         """All layers over whole sequences; h: [B, T, D] -> [B, T, D].
 
         documents: [B, T], >= 0 and growing along a row; tokens of different ones are kept apart.
+        routes: [B, K], the column of each chunk; default: `route` for all.
         """
         batch, total, _ = h.shape
         length = min(self.config.module_seq_len or total, total)
@@ -89,18 +97,27 @@ class Body:
             if number > 0 and n_chunks > 1 and len(self.aggs):
                 chunks = h.unflatten(0, (batch, n_chunks))
                 h = self.aggs[number - 1](chunks, documents).flatten(0, 1)
-            for i in module:
-                h, _ = self.layers[i](h, segments, None)
+            h = self._run_module(module, h, segments, routes)
         return h.unflatten(0, (batch, n_chunks)).flatten(1, 2)[:, :total]
+
+    def _run_module(
+        self, module: range, h: Tensor, segments: Segments, routes: Tensor | None
+    ) -> Tensor:
+        if routes is not None:
+            return run_columns(self.columns, module, h, segments, routes.flatten())
+        for i in module:
+            h, _ = self._layers[i](h, segments, None)
+        return h
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first token."""
-        blocks = cast("list[Block]", list(self.layers))
         # Without chunks nothing is ever aggregated.
         sites = cast("list[Aggregation]", list(self.aggs) if self.config.module_seq_len else [])
         return State(
             t=(0,) * batch_size,
-            layers=tuple(b.attention.empty_state(batch_size, dtype, device) for b in blocks),
+            layers=tuple(
+                block.attention.empty_state(batch_size, dtype, device) for block in self._layers
+            ),
             sites=tuple(empty_site(a, self.config, batch_size, dtype, device) for a in sites),
         )
 
@@ -119,17 +136,21 @@ class Body:
         caches, sites = list(state.layers), list(state.sites)
         if length and 0 in starts and any(state.t):
             begins = [start == 0 for start in starts]
-            blocks = cast("list[Block]", list(self.layers))
-            caches = [b.attention.restart(c, begins) for b, c in zip(blocks, caches, strict=True)]
+            pairs = zip(self._layers, caches, strict=True)
+            caches = [block.attention.restart(cache, begins) for block, cache in pairs]
         segments = Segments(self._rope(starts, h))
         for number, module in enumerate(sizes_of(self.config).modules):
             if number > 0 and sites:
                 agg = cast("Aggregation", self.aggs[number - 1])
                 h, sites[number - 1] = advance(agg, self.config, h, sites[number - 1], state.t)
             for i in module:
-                h, caches[i] = self.layers[i](h, segments, caches[i])
+                h, caches[i] = self._layers[i](h, segments, caches[i])
         after = tuple(t + h.shape[1] for t in state.t)
         return h, State(after, tuple(caches), tuple(sites))
+
+    @property
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.columns[self.route]))
 
     def _pieces(self, h: Tensor, t: Sequence[int]) -> Iterator[Tensor]:
         """Cut [B, s, D], which follows t tokens, so that no piece crosses a chunk's border."""

@@ -62,6 +62,20 @@ def sizes_of(config: ModelConfig) -> Sizes:
     )
 
 
+BASE = "base"
+"""The name of the column that a model begins with."""
+
+
+def column_names(config: ModelConfig) -> tuple[str, ...]:
+    """All columns, by their numbers: the base is 0."""
+    return (BASE, *config.module_names)
+
+
+def column_number(config: ModelConfig, name: str) -> int:
+    """Raises ValueError for a name that is no column's."""
+    return column_names(config).index(name)
+
+
 def n_sites(config: ModelConfig) -> int:
     """Aggregation sites that hold parameters: none with `drop`, where nothing is read."""
     return 0 if config.module_agg == "drop" else len(sizes_of(config).modules) - 1

@@ -12,10 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modular_lm.config.schema import DataConfig, PrepareConfig, TokenizerConfig
-from modular_lm.data.dataset import Dataset, LocalLoader, check_fingerprint, rank_range
+from modular_lm.data.dataset import (
+    Dataset,
+    LocalLoader,
+    check_fingerprint,
+    document_ids,
+    rank_range,
+)
 from modular_lm.data.prepare import prepare_sources
 from modular_lm.data.reader import SourceReader
-from modular_lm.errors import DataError
+from modular_lm.errors import ConfigError, DataError
 from modular_lm.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer(TokenizerConfig())
@@ -89,3 +95,25 @@ def test_the_fingerprint_is_of_content_and_order_not_of_place(root: Path, tmp_pa
         other = Dataset(config(root, **change), TOKENIZER).fingerprint()
         with pytest.raises(DataError, match=f"have changed since it began.*{name}"):
             check_fingerprint(here, other)
+
+
+def test_documents_of_a_sample_begin_with_bos_or_behind_eos() -> None:
+    bos, eos = TOKENIZER.bos_id, TOKENIZER.eos_id
+    tokens = np.array(
+        [
+            [7, eos, bos, 8, 8, eos, bos, 9],  # both: one border each
+            [bos, 7, 7, bos, bos, 8, 8, 8],  # only BOS; the first opens nothing new
+            [7, eos, 8, eos, eos, 9, 9, eos],  # only EOS
+        ]
+    )
+    expected = [[0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2], [0, 0, 1, 1, 2, 3, 3, 3]]
+    assert document_ids(tokens, TOKENIZER).tolist() == expected
+
+
+def test_documents_without_borders_cannot_be_kept_apart(root: Path, tmp_path: Path) -> None:
+    text = root.parent / "text"
+    made = PrepareConfig(src=str(text), dst=str(tmp_path), add_bos=False, add_eos=False)
+    prepare_sources(made)
+    Dataset(config(tmp_path), TOKENIZER)
+    with pytest.raises(ConfigError, match=r"data\.document_mask=true: data\.sources\.a .*add_bos"):
+        Dataset(config(tmp_path, document_mask=True), TOKENIZER)

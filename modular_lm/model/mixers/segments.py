@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from modular_lm.model.layers import Rope
 from modular_lm.model.masks import Mask
@@ -25,3 +28,9 @@ class Segments:
     mask: Mask | None = None
     n_chunks: int = 1
     border: Mask | None = None
+
+    def select(self, rows: Tensor) -> Segments:
+        """For these rows of whole segments. Not with look-back, which ties rows together."""
+        assert self.border is None, "rows that look back at each other cannot be parted"
+        assert self.mask is not None
+        return dataclasses.replace(self, mask=self.mask.select(rows), n_chunks=1)
