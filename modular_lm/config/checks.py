@@ -135,8 +135,8 @@ def _check_model(m: ModelConfig) -> None:
         )
     if m.module_seq_len is not None and m.module_lookback > m.module_seq_len:
         raise ConfigError(
-            f"model.module_lookback={m.module_lookback}: only the chunk before is looked at, use at "
-            f"most model.module_seq_len={m.module_seq_len}"
+            f"model.module_lookback={m.module_lookback}: only the chunk before is looked at; use "
+            f"at most model.module_seq_len={m.module_seq_len}"
         )
     if m.module_seq_len is not None and m.sliding_window is not None:
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""Measuring a model: validation loss (`perplexity`)."""
+"""Measuring a model: validation loss (`perplexity`), and where it falls (`positions`)."""

@@ -1,13 +1,16 @@
 """Validation: the loss of held-out documents, per source, weighted by tokens over all ranks.
 
 One document per row, right-padded, cut at seq_len, so that chunks begin where documents do and
-the score does not depend on the batch.
+the score does not depend on the batch. Where a document's tokens are hard is in `positions`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from modular_lm.data.reader import SourceReader
+from modular_lm.eval.positions import ChunkCurves, LossSums, fold
 from modular_lm.model.lm import IGNORE, LanguageModel
 from modular_lm.parallel import World
 from modular_lm.tokenizer import Tokenizer
@@ -22,11 +26,41 @@ from modular_lm.tokenizer import Tokenizer
 Document = npt.NDArray[np.integer]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a validation found.
+
+    metrics: `validation/<source>/<name>`, name being nll, ppl, bpb, avg_seqlen and those of
+    `ChunkCurves.metrics`; curves: by source, empty where a document is one chunk. The source `all`
+    stands for all of them together, where there are several.
+    """
+
+    metrics: dict[str, float]
+    curves: dict[str, ChunkCurves]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of the documents of a source: losses by position, UTF-8 bytes scored, documents."""
+
+    losses: LossSums
+    n_bytes: float
+    documents: float
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.losses + other.losses,
+            self.n_bytes + other.n_bytes,
+            self.documents + other.documents,
+        )
+
+
 class Validation:
     """The validation documents of some sources, and how to score a model on them.
 
     folders: source name -> its folder; max_docs: documents per source, the first ones of its
-    validation split. Every rank holds the same documents and scores its share.
+    validation split; chunk_len: that of the curves, none if None or not below seq_len. Every rank
+    holds the same documents and scores its share.
     """
 
     def __init__(
@@ -36,10 +70,12 @@ class Validation:
         seq_len: int,
         max_docs: int,
         batch_size: int,
+        chunk_len: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._batch_size = batch_size
+        self._chunk_len = chunk_len if chunk_len and chunk_len < seq_len else None
         self._documents: dict[str, list[Document]] = {}
         for name, folder in folders.items():
             found = SourceReader(folder, "val").documents(max_docs)
@@ -48,50 +84,68 @@ class Validation:
             if documents:
                 self._documents[name] = documents
 
-    def score(self, model: LanguageModel, world: World) -> dict[str, float]:
-        """Metrics of every source and of all: `validation/<source>/{nll,ppl,bpb,avg_seqlen}`.
+    def score(self, model: LanguageModel, world: World) -> Scores:
+        """Score the model on every source and on all of them together. A collective.
 
-        nll: nats per token; avg_seqlen: mean number of scored tokens per document. A collective.
+        nll: nats per token; avg_seqlen: mean number of scored tokens per document.
         """
         was_training = model.training
         model.eval()
         sums = {}
         for name, documents in self._documents.items():
-            sums[name] = world.sum(*self._score_share(model, world, documents))
+            sums[name] = _over_ranks(self._score_share(model, world, documents), world)
         model.train(was_training)
         if len(sums) > 1:
-            sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
-        results = {}
-        for name, (nll, tokens, n_bytes, documents) in sums.items():
-            mean = nll / tokens
-            results |= {
-                f"validation/{name}/nll": mean,
-                f"validation/{name}/ppl": math.exp(min(mean, 700.0)),
-                f"validation/{name}/bpb": bits_per_byte(nll, int(n_bytes)),
-                f"validation/{name}/avg_seqlen": tokens / documents,
-            }
-        return results
+            sums["all"] = reduce(add, sums.values())
+        curves = {}
+        if self._chunk_len is not None:
+            curves = {name: fold(each.losses, self._chunk_len) for name, each in sums.items()}
+        metrics = {}
+        for name, each in sums.items():
+            found = _metrics(each) | (curves[name].metrics() if name in curves else {})
+            metrics |= {f"validation/{name}/{key}": value for key, value in found.items()}
+        return Scores(metrics, curves)
 
     @torch.no_grad()
     def _score_share(
         self, model: LanguageModel, world: World, documents: Sequence[Document]
-    ) -> tuple[float, float, float, float]:
-        """(nll, scored tokens, bytes, documents) summed over this rank's share of `documents`."""
+    ) -> _Sums:
+        """Sums over this rank's share of `documents`."""
         # The ranks gather sharded weights together: each makes the same number of passes, of the
         # same width (which decides how many chunks there are), where need be with empty rows.
         together = world.size * self._batch_size
-        nll = torch.zeros((), dtype=torch.float64)
-        tokens = n_bytes = n_documents = 0
+        losses = LossSums.zeros(self._seq_len)
+        n_bytes = n_documents = 0
         for first in range(0, len(documents), together):
             everyone = documents[first : first + together]
             mine = everyone[world.rank :: world.size]
             inputs, targets = pad(mine, width=max(map(len, everyone)) - 1)
-            losses = model(inputs.to(world.device), targets.to(world.device))
-            nll += losses.double().sum().cpu()
-            tokens += int((targets != IGNORE).sum())
+            nll = model(inputs.to(world.device), targets.to(world.device))
+            losses.add(nll, targets != IGNORE)
             n_bytes += sum(text_bytes(self._tokenizer, d[None]) for d in mine)
             n_documents += len(mine)
-        return nll.item(), tokens, n_bytes, n_documents
+        return _Sums(losses, n_bytes, n_documents)
+
+
+def _over_ranks(share: _Sums, world: World) -> _Sums:
+    """The sums of all ranks' shares. A collective."""
+    losses = share.losses
+    n_bytes, documents, *flat = world.sum(
+        share.n_bytes, share.documents, *losses.nll.tolist(), *losses.count.tolist()
+    )
+    nll, count = torch.tensor(flat, dtype=torch.float64).chunk(2)
+    return _Sums(LossSums(nll, count), n_bytes, documents)
+
+
+def _metrics(sums: _Sums) -> dict[str, float]:
+    nll, tokens = sums.losses.nll.sum().item(), sums.losses.count.sum().item()
+    mean = nll / tokens
+    return {
+        "nll": mean,
+        "ppl": math.exp(min(mean, 700.0)),
+        "bpb": bits_per_byte(nll, int(sums.n_bytes)),
+        "avg_seqlen": tokens / sums.documents,
+    }
 
 
 def pad(documents: Sequence[Document], width: int) -> tuple[torch.Tensor, torch.Tensor]:

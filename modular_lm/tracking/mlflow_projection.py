@@ -4,7 +4,8 @@ A projection: what MLflow holds follows from the files alone, so it may be made 
 another store, and only what is missing is added (`mlflow_run`). With one exception: MLflow keeps
 what it has, so steps that are done again after a resume keep their first values there if those were
 sent before the files were cut. Checkpoints are listed by step and path, not uploaded;
-`metrics.jsonl` is not either, its numbers are the metrics.
+`metrics.jsonl` is not either, its numbers are the metrics. Curves of a validation are uploaded as
+their file and as a figure.
 
 A folder's event log may hold several `created`, each of a new run that began before any checkpoint
 of the one before it: the last is the run that the files tell of. Lines of an earlier one, which lie
@@ -30,6 +31,7 @@ import yaml
 from modular_lm import __version__
 from modular_lm.config.checks import flatten
 from modular_lm.errors import ConfigError
+from modular_lm.tracking.figures import position_figure
 from modular_lm.tracking.follower import RETRY_SECONDS, one_line
 from modular_lm.tracking.mlflow_run import (
     MlflowRun,
@@ -119,6 +121,7 @@ class MlflowProjection:
             self._run.log_evaluation(self._evaluation)
             _describe(self._run, self._events, self._folder)
             self._uploads.note(self._events)
+            self._uploads.note_evaluations(line[0].step for line in self._evaluation if line)
         except Exception:
             self._run = None
             raise
@@ -212,6 +215,7 @@ class _Uploads:
         self._folder = folder
         self._code_is_due = False
         self._history_is_due = False
+        self._curves_due: set[int] = set()
         self._not_before = 0.0
         self._complained = False
 
@@ -220,6 +224,10 @@ class _Uploads:
         kinds = {event["event"] for event in events}
         self._code_is_due |= "attempt" in kinds
         self._history_is_due |= bool(kinds & {"attempt", "checkpoint", "end"})
+
+    def note_evaluations(self, steps: Iterable[int]) -> None:
+        """See at which steps there may be new curves."""
+        self._curves_due |= set(steps)
 
     def send(self, run: MlflowRun, *, now: bool = False) -> None:
         """Upload what is due; after a failure only some time later, or `now`."""
@@ -232,6 +240,9 @@ class _Uploads:
             if self._history_is_due:
                 self._send_history(run)
                 self._history_is_due = False
+            for step in sorted(self._curves_due):
+                self._send_curves(run, step)
+                self._curves_due.remove(step)
         except Exception as error:
             self._not_before = time.monotonic() + RETRY_SECONDS
             if not self._complained:
@@ -249,6 +260,23 @@ class _Uploads:
         text = json.dumps(checkpoint_list(self._folder), indent=2)
         run.client.log_text(run.run_id, text, "checkpoints.json")
         run.client.log_artifact(run.run_id, str(self._folder.events_file))
+
+    def _send_curves(self, run: MlflowRun, step: int) -> None:
+        """The curves of a step and their figure, unless the file is there already, by its size.
+
+        A step that is done again has other digits, and so nearly always another size.
+        """
+        file = self._folder.curves_file(step)
+        if not file.exists():
+            return
+        place = str(file.parent.relative_to(self._folder.path))
+        there = run.client.list_artifacts(run.run_id, place)
+        if (f"{place}/{file.name}", file.stat().st_size) in {(a.path, a.file_size) for a in there}:
+            return
+        figure = position_figure(json.loads(file.read_text(encoding="utf-8")))
+        run.client.log_figure(run.run_id, figure, f"{place}/{file.stem}.png")
+        # Last: where this one is, the figure is too.
+        run.client.log_artifact(run.run_id, str(file), place)
 
 
 def checkpoint_list(folder: RunFolder) -> list[dict[str, Any]]:

@@ -96,6 +96,14 @@ class RunFolder:
         """Validation and evaluation lines."""
         return JsonLines(self.path / "metrics.eval.jsonl")
 
+    def evaluation(self, step: int) -> Path:
+        """What was measured after `step` steps, beyond the lines of `eval_metrics`."""
+        return self.path / "evals" / f"{step:010d}"
+
+    def curves_file(self, step: int) -> Path:
+        """Validation losses by position in chunk and by chunk, as `eval.positions` writes them."""
+        return self.evaluation(step) / "positions.json"
+
     def log_file(self, rank: int) -> Path:
         """The log of one rank."""
         return self.logs / f"rank_{rank:05d}.log"

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from modular_lm.eval.positions import LossSums, fold, write_curves
 from modular_lm.files import write_text_atomic
 from modular_lm.tracking import MlflowProjection, RunFolder, replay, snapshot_code
 
@@ -67,6 +69,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in range(first + 10, last + 1, 10):
             folder.metrics.append(_training_line(step))
             if step % 100 == 0:
+                _write_curves(folder, step)
                 folder.eval_metrics.append(_validation_line(step))
                 path = folder.checkpoints / f"{step:010d}"
                 folder.append_event("checkpoint", step=step, path=str(path), bytes=1, seconds=0.1)
@@ -90,6 +93,13 @@ def _training_line(step: int) -> dict[str, float]:
         "memory/rss": 900,
         "data/share/wiki": 0.4,
     }
+
+
+def _write_curves(folder: RunFolder, step: int) -> None:
+    sums, rows = LossSums.zeros(512), torch.arange(512) % 128
+    losses = 1.6 + torch.exp(-rows / 2) + 4 * math.exp(-step / 80)
+    sums.add(losses[None], torch.ones(1, 512, dtype=torch.bool))
+    write_curves(folder.curves_file(step), step, {"wiki": fold(sums, 128)})
 
 
 def _validation_line(step: int) -> dict[str, float]:
@@ -219,5 +229,6 @@ def test_curves_are_drawn(chromium: str, run_page: str, tmp_path: Path) -> None:
 
 
 def test_artifacts_are_listed(chromium: str, run_page: str, tmp_path: Path) -> None:
-    expected = ("code", "config.yaml", "base_config.yaml", "checkpoints.json", "events.jsonl")
+    configs = ("config.yaml", "base_config.yaml")
+    expected = ("code", *configs, "checkpoints.json", "events.jsonl", "evals")
     _open(chromium, f"{run_page}/artifacts", tmp_path / "artifacts.png", _missing_text(*expected))

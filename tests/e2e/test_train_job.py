@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -32,6 +33,10 @@ def test_a_run_leaves_what_the_design_promises(uninterrupted: RunFolder, jobs: J
     (evaluation,) = list(folder.eval_metrics)
     assert evaluation["global_step"] == 40
     assert 0 < evaluation["validation/builtin/avg_seqlen"] <= 64
+    (curves,) = json.loads(folder.curves_file(40).read_text())["sources"].values()
+    start = curves["position_in_later_chunks"]["nll"][0]
+    assert evaluation["validation/builtin/nll_chunk_start"] == start
+    assert [len(curves[name]["nll"]) for name in ("position_in_chunk", "chunk_index")] == [16, 4]
     kinds = [event["event"] for event in folder.events()]
     assert kinds[:2] == ["created", "attempt"]
     assert kinds[-1] == "end"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from modular_lm.config.checks import resolve_model
 from modular_lm.config.schema import ModelConfig, TokenizerConfig
-from modular_lm.eval.perplexity import Validation, bits_per_byte, pad, text_bytes
+from modular_lm.eval.perplexity import Scores, Validation, bits_per_byte, pad, text_bytes
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import IGNORE, LanguageModel
 from modular_lm.parallel import World, init_world
@@ -92,7 +92,7 @@ def test_scores_are_those_of_a_plain_loop_over_the_documents(
     lengths = {"short": (1, 2, 8, 9, 10, 3), "long": (25, 24, 26, 90, 17)}
     documents = {name: random_documents(n, BYTES.n_words) for name, n in lengths.items()}
     folders = {n: write_held_out(tmp_path / n, d, BYTES) for n, d in documents.items()}
-    scores = Validation(folders, BYTES, SEQ_LEN, 100, batch_size).score(model, world)
+    scores = Validation(folders, BYTES, SEQ_LEN, 100, batch_size).score(model, world).metrics
     for name in lengths:
         check_scores(scores, model, name, documents[name])
     # By tokens, not a mean of the two sources' means.
@@ -105,7 +105,7 @@ def test_one_source_has_no_sum_and_only_the_first_documents_count(
 ) -> None:
     documents = random_documents((12, 30, 5, 20), BYTES.n_words)
     folders = {"web": write_held_out(tmp_path / "web", documents, BYTES)}
-    scores = Validation(folders, BYTES, SEQ_LEN, 2, 4).score(model, world)
+    scores = Validation(folders, BYTES, SEQ_LEN, 2, 4).score(model, world).metrics
     check_scores(scores, model, "web", documents[:2])
     assert {key.split("/")[1] for key in scores} == {"web"}
 
@@ -114,7 +114,7 @@ def test_sources_without_documents_are_left_out(
     world: World, model: LanguageModel, tmp_path: Path
 ) -> None:
     folders = {"dots": write_held_out(tmp_path / "dots", random_documents((1, 1), 256), BYTES)}
-    assert Validation(folders, BYTES, SEQ_LEN, 9, 4).score(model, world) == {}
+    assert Validation(folders, BYTES, SEQ_LEN, 9, 4, 8).score(model, world) == Scores({}, {})
 
 
 def test_scoring_leaves_the_mode_of_the_model_and_builds_no_graph(
@@ -143,9 +143,63 @@ def test_a_hopeless_model_has_a_finite_perplexity(
             return torch.full(tokens.shape, 1e4)
 
     hopeless = Hopeless(model.config)
-    scores = Validation(folders, BYTES, SEQ_LEN, 9, 4).score(hopeless, world)
+    scores = Validation(folders, BYTES, SEQ_LEN, 9, 4).score(hopeless, world).metrics
     assert scores["validation/web/nll"] == 1e4
     assert math.isfinite(scores["validation/web/ppl"])
+
+
+# ---------------------------------------------------------------- by position
+
+
+@torch.no_grad()
+def plain_losses(model: LanguageModel, document: Document) -> list[float]:
+    """The nll of each target of a document, from its logits by itself."""
+    ids = torch.from_numpy(document[: SEQ_LEN + 1].astype(np.int64))
+    return F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none").tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("chunk_len", [5, 8, 23])
+def test_curves_are_those_of_a_plain_loop_over_the_tokens(
+    world: World, model: LanguageModel, tmp_path: Path, batch_size: int, chunk_len: int
+) -> None:
+    lengths = {"short": (2, 8, 9, 10, 3), "long": (25, 24, 26, 90, 17)}
+    documents = {name: random_documents(n, BYTES.n_words) for name, n in lengths.items()}
+    folders = {n: write_held_out(tmp_path / n, d, BYTES) for n, d in documents.items()}
+    validation = Validation(folders, BYTES, SEQ_LEN, 100, batch_size, chunk_len)
+    scores = validation.score(model, world)
+    assert scores.curves.keys() == {"short", "long", "all"}
+    for name, curves in scores.curves.items():
+        found = documents.get(name, documents["short"] + documents["long"])
+        by_position: dict[int, list[float]] = {}
+        by_chunk: dict[int, list[float]] = {}
+        for document in found:
+            for t, nll in enumerate(plain_losses(model, document)):
+                by_position.setdefault(t % chunk_len, []).append(nll)
+                by_chunk.setdefault(t // chunk_len, []).append(nll)
+        for curve, expected in (
+            (curves.position_in_chunk, by_position),
+            (curves.chunk_index, by_chunk),
+        ):
+            counts = [len(expected.get(i, ())) for i in range(len(curve.count))]
+            assert curve.count.tolist() == counts
+            sums = [sum(expected.get(i, ())) for i in range(len(curve.nll))]
+            assert curve.nll.tolist() == pytest.approx(sums, rel=1e-5)
+            mean = scores.metrics[f"validation/{name}/nll"]
+            assert mean * curve.count.sum() == pytest.approx(curve.nll.sum().item(), rel=1e-12)
+        for key, value in curves.metrics().items():
+            assert scores.metrics[f"validation/{name}/{key}"] == value
+    assert "validation/long/nll_chunk_start" in scores.metrics
+
+
+@pytest.mark.parametrize("chunk_len", [None, SEQ_LEN, 100])
+def test_one_chunk_has_no_curves(
+    world: World, model: LanguageModel, tmp_path: Path, chunk_len: int | None
+) -> None:
+    folders = {"web": write_held_out(tmp_path / "web", random_documents((40,), 256), BYTES)}
+    scores = Validation(folders, BYTES, SEQ_LEN, 9, 4, chunk_len).score(model, world)
+    assert scores.curves == {}
+    assert len(scores.metrics) == 4
 
 
 # ---------------------------------------------------------------- padding
@@ -209,7 +263,7 @@ def test_validation_counts_sentencepiece_bytes_exactly(
     keys = ModelConfig(dim=8, n_layers=1, n_heads=2)
     model = LanguageModel(resolve_model(keys, 64, llama2.n_words))
     init_weights(model, seed=0)
-    scores = Validation(folders, llama2, 64, 99, 4).score(model, world)
+    scores = Validation(folders, llama2, 64, 99, 4).score(model, world).metrics
     nll = scores["validation/web/nll"] * sum(len(d) - 1 for d in documents)
     assert scores["validation/web/bpb"] == pytest.approx(nll / math.log(2) / N_BYTES)
 

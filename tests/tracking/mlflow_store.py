@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
@@ -46,6 +47,17 @@ def train(folder: RunFolder, first: int, last: int, loss: float = 5.0) -> None:
         folder.metrics.append({"global_step": step, "loss/out": loss / step, "optim/lr": 1e-3})
 
 
+def validate(folder: RunFolder, step: int, nll: float = 2.5) -> None:
+    """Write the line and the curves of a validation, of chunks of two tokens."""
+    by_position = {"nll": [nll + 0.5, nll - 0.5], "count": [4, 4]}
+    names = ("position_in_chunk", "position_in_first_chunk", "position_in_later_chunks")
+    curves = dict.fromkeys(names, by_position) | {"chunk_index": by_position}
+    report = {"step": step, "chunk_len": 2, "sources": {"all": curves}}
+    folder.evaluation(step).mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder.curves_file(step), json.dumps(report))
+    folder.eval_metrics.append({"global_step": step, "validation/all/nll": nll})
+
+
 def end(folder: RunFolder, status: str, step: int) -> None:
     folder.append_event("end", status=status, step=step, exit_code=0, reason="because")
 
@@ -65,6 +77,12 @@ def runs(runs_dir: Path) -> list[Run]:
     store = client(runs_dir)
     experiment = store.get_experiment_by_name(EXPERIMENT)
     return list(store.search_runs([experiment.experiment_id])) if experiment else []
+
+
+def artifacts(runs_dir: Path, uid: str = "uid-1") -> Path:
+    """The folder of a run's artifacts."""
+    (run,) = (run for run in runs(runs_dir) if run.data.tags[UID_TAG] == uid)
+    return runs_dir / "mlartifacts" / run.info.run_id / "artifacts"
 
 
 def points(runs_dir: Path, key: str, uid: str = "uid-1") -> dict[int, list[float]]:

@@ -97,7 +97,7 @@ class Lines:
 def make_trainer(world: World, folder: Path, name: str, lines: Lines, *args: str) -> Trainer:
     batch, special = RUNS[name]
     held_out = {"held_out": folder / "held_out"}
-    validation = Validation(held_out, TOKENIZER, T, max_docs=9, batch_size=1)
+    validation = Validation(held_out, TOKENIZER, T, max_docs=9, batch_size=1, chunk_len=8)
     return Trainer(
         tiny(*special, *args),
         world,

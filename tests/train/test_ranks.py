@@ -20,6 +20,7 @@ import torch.distributed as dist
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World, init_world
+from modular_lm.tracking.run_folder import RunFolder
 from tests.eval.held_out import random_documents, write_held_out
 from tests.support import REPO, free_ports
 from tests.train import ranks_worker as worker
@@ -118,6 +119,24 @@ def test_three_ranks_validate_as_one_process(
         (line,) = rank["evaluation"]
         assert line == pytest.approx(alone, rel=exact)
         assert line["validation/held_out/avg_seqlen"] == alone["validation/held_out/avg_seqlen"]
+
+
+def test_three_ranks_leave_the_curves_of_one_process(
+    folder: Path, one: dict[str, Results], three: dict[str, list[Any]]
+) -> None:
+    alone, together = (
+        json.loads(RunFolder(folder / f"ragged_{size}").curves_file(STEPS).read_text())
+        for size in (1, SIZE)
+    )
+    names = ("position_in_chunk", "position_in_later_chunks", "chunk_index")
+    for name in names:
+        found, expected = (r["sources"]["held_out"][name] for r in (together, alone))
+        assert found["count"] == expected["count"]
+        assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    # Of the documents of 32, 2, 6 and 5 targets in chunks of 8 only one goes beyond the first.
+    assert alone["sources"]["held_out"]["chunk_index"]["count"] == [8 + 2 + 6 + 5, 8, 8, 8]
+    nll = one["ragged"]["evaluation"][0]["validation/held_out/nll_chunk_start"]
+    assert nll == alone["sources"]["held_out"]["position_in_later_chunks"]["nll"][0]
 
 
 def test_the_layers_compute_in_the_type_asked_for_with_positions_in_fp32(
