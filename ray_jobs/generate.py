@@ -24,6 +24,8 @@ USAGE = 'python -m ray_jobs.generate ckpt=DIR prompt="..." key=value ...'
 def main(config: GenerateConfig, given: dict[str, Any]) -> int:
     """The job; returns the exit code."""
     find(config.ckpt)  # before torch is loaded
+    if config.modules and config.route != "auto":
+        raise ConfigError(f"modules={','.join(config.modules)}: is for route=auto")
     out = Path(config.out) if config.out else None
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"out={config.out}: there is no folder {out.absolute().parent}")
@@ -32,16 +34,19 @@ def main(config: GenerateConfig, given: dict[str, Any]) -> int:
 
     model, tokenizer, _, folder = load_for_inference(config.ckpt)
     log.info("model of %s", folder)
+    candidates = (config.modules or model.column_names) if config.route == "auto" else ()
     prompt = tokenizer.encode(config.prompt, add_bos=True)
-    tokens = generate(
+    (tokens,) = generate(
         model,
-        prompt,
+        [prompt],
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
         eos_id=tokenizer.eos_id,
+        route=None if config.route == "auto" else config.route,
+        candidates=candidates,
     )
     # Decoded together: a token alone need not be whole characters.
     text = tokenizer.decode(prompt + tokens)[len(tokenizer.decode(prompt)) :]

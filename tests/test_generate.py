@@ -13,6 +13,7 @@ from modular_lm.errors import ConfigError
 from modular_lm.generate import generate, sample
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
+from modular_lm.model.routing import choose_routes
 
 PROMPT = [5, 1, 7, 7, 2, 9, 3]
 
@@ -37,35 +38,72 @@ def test_greedy_is_the_argmax_of_the_full_forward_at_each_step(
     tokens = list(PROMPT)
     for _ in range(12):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    assert generate(model, PROMPT, max_tokens=12) == tokens[len(PROMPT) :]
+    assert generate(model, [PROMPT], max_tokens=12) == [tokens[len(PROMPT) :]]
 
 
 def test_long_prompts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(module_agg="stack", module_seq_len=4)
-    whole = generate(model, PROMPT, max_tokens=5)
+    whole = generate(model, [PROMPT], max_tokens=5)
     monkeypatch.setattr("modular_lm.generate._PREFILL", 3)
-    assert generate(model, PROMPT, max_tokens=5) == whole
+    assert generate(model, [PROMPT], max_tokens=5) == whole
 
 
 def test_ends_with_eos_or_at_max_tokens() -> None:
     model = small_model(module_agg="avg", module_seq_len=4)
-    free = generate(model, PROMPT, max_tokens=10, temperature=1.0, seed=1)
+    (free,) = generate(model, [PROMPT], max_tokens=10, temperature=1.0, seed=1)
     assert len(free) == 10
     eos = free[4]
-    stopped = generate(model, PROMPT, max_tokens=10, temperature=1.0, seed=1, eos_id=eos)
+    (stopped,) = generate(model, [PROMPT], max_tokens=10, temperature=1.0, seed=1, eos_id=eos)
     assert stopped == free[: free.index(eos) + 1]
-    assert generate(model, PROMPT, max_tokens=0) == []
+    assert generate(model, [PROMPT], max_tokens=0) == [[]]
 
 
 def test_seeds_decide_the_sample() -> None:
     model = small_model(module_agg="avg", module_seq_len=4)
-    runs = [generate(model, PROMPT, max_tokens=20, temperature=1.0, seed=s) for s in (1, 1, 2)]
+    runs = [generate(model, [PROMPT], max_tokens=20, temperature=1.0, seed=s) for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="BOS"):
-        generate(small_model(), [], max_tokens=3)
+        generate(small_model(), [PROMPT, []], max_tokens=3)
+
+
+@pytest.mark.parametrize("mode", ["drop", "avg", "stack"])
+@pytest.mark.parametrize("keys", [{"module_seq_len": 4, "module_lookback": 2}, {}])
+def test_prompts_of_any_length_go_on_together_as_if_alone(mode: str, keys: dict[str, Any]) -> None:
+    model = small_model(module_agg=mode, **keys)
+    prompts = [PROMPT, PROMPT[:2], [8] * 9, PROMPT[3:]]
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0}
+    alone = [generate(model, [p], seed=7 + row, **options)[0] for row, p in enumerate(prompts)]
+    assert generate(model, prompts, seed=7, **options) == alone
+    # Rows that end leave the others as they are.
+    eos = alone[1][3]
+    ended = [row[: row.index(eos) + 1] if eos in row else row for row in alone]
+    assert generate(model, prompts, seed=7, eos_id=eos, **options) == ended
+
+
+def test_columns_are_run_as_routed() -> None:
+    model = small_model(module_agg="avg", module_seq_len=4, module_names=["code"])
+    base, code = (generate(model, [PROMPT], max_tokens=8, route=r)[0] for r in ("base", "code"))
+    assert base != code
+    assert generate(model, [PROMPT], max_tokens=8)[0] == base
+    only_code = generate(model, [PROMPT, PROMPT], max_tokens=8, candidates=["code"])
+    assert only_code == [code, code]
+    with pytest.raises(ConfigError, match="route=cod: expected auto or a column: base, code"):
+        generate(model, [PROMPT], max_tokens=8, route="cod")
+
+
+def test_evidence_chooses_the_column_while_generating() -> None:
+    """Each token is the most likely one of the model as routed up to there."""
+    model = small_model(module_agg="avg", module_seq_len=4, module_names=["code"])
+    names = model.column_names
+    (new,) = generate(model, [PROMPT], max_tokens=10, candidates=names)
+    tokens = torch.tensor([PROMPT + new])
+    routes = choose_routes(model, names, tokens)
+    assert set(routes.flatten().tolist()) == {0, 1}
+    expected = model(tokens, routes=routes)[0, len(PROMPT) - 1 : -1].argmax(-1)
+    assert new == expected.tolist()
 
 
 # Sampling

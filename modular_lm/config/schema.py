@@ -277,6 +277,10 @@ class GenerateConfig:
         None, "sample among the most likely tokens that hold this probability", gt=0, le=1
     )
     seed: int = key(42, "seed of the sampling", ge=0, lt=2**63)
+    route: str | None = key(
+        None, "column to run, or auto: each chunk by evidence; default: the one that was trained"
+    )
+    modules: list[str] = key([], "columns that route=auto chooses among; default: all")
     out: str | None = key(None, "write a JSON line {prompt, text, tokens} to this file")
 
 
