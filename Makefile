@@ -49,6 +49,9 @@ format: setup
 # Each benchmark prints a table and writes JSON to benchmarks/results/ (not in git).
 bench: setup
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.modular
+	$(BIN)/python -m benchmarks.recall
+	$(BIN)/python -m benchmarks.toy_lm
 
 # Long randomised fault runs, outside CI.
 chaos: setup
