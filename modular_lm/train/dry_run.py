@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modular_lm.config import TrainConfig, to_dict, to_yaml
 from modular_lm.config.checks import global_batch_size, warnings_of
-from modular_lm.model.flops import flops_per_token, parameters
+from modular_lm.model.flops import flops_per_token, parameters, state_elements
 from modular_lm.model.sizes import sizes_of
 
 # fp32 weights, gradients and the two moments of AdamW.
@@ -22,6 +22,11 @@ def describe(config: TrainConfig, world_size: int) -> str:
     rows = [
         ("parameters", f"{count.total:,} ({count.non_embedding:,} without embeddings)"),
         ("FLOPs per token", f"{per_token:.4g} (forward and backward)"),
+        (
+            "decoding state",
+            f"{state_elements(config.model, config.data.seq_len):,} numbers per sequence of "
+            f"{config.data.seq_len:,} tokens",
+        ),
         (
             "memory per worker",
             f"about {state + activations:,.0f} MiB: {state:,.0f} weights, "

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +21,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from modular_lm.config import TrainConfig
-from modular_lm.data.dataset import StepRows, rank_range
+from modular_lm.data.dataset import StepRows, document_ids, rank_range
 from modular_lm.errors import RunFailedError
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
+from modular_lm.eval.positions import write_curves
 from modular_lm.model.flops import flops_per_token
 from modular_lm.optim import apply_settings, build_optimizer, learning_rate
 from modular_lm.parallel import World, build_model, sync_gradients
@@ -99,8 +101,13 @@ class Trainer:
         self._peak = peak * self.world.size if peak else None
 
     def resume(self, start_step: int) -> None:
-        """Load the checkpoint of `start_step`; nothing to do for 0. A collective."""
+        """Load the checkpoint of `start_step`; for 0, the weights that a new run starts from.
+
+        A collective.
+        """
         if start_step == 0:
+            if path := self.config.checkpoint.init_ckpt_path:
+                checkpoint.load_model(Path(path), self.model, self.world)
             return
         folder = inventory.step_folder(self.folder.checkpoints, start_step)
         state = checkpoint.load(folder, self.model, self.optimizer, self.world)
@@ -156,8 +163,7 @@ class Trainer:
         nll = torch.zeros((), device=self.world.device)
         for i, part in enumerate(parts):
             sync_gradients(self.model, i == len(parts) - 1)
-            tokens = torch.from_numpy(part.astype(np.int64)).to(self.world.device)
-            loss = self.model(tokens[:, :-1], tokens[:, 1:]).sum() if len(part) else self._idle()
+            loss = self._loss(part) if len(part) else self._idle()
             # FSDP averages gradients over the ranks; undo that, a mean over tokens is wanted.
             (loss * (self.world.size / self._tokens_per_step)).backward()
             nll += loss.detach()
@@ -165,6 +171,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return _StepResult(nll, rows, norm, lr)
+
+    def _loss(self, rows: np.ndarray) -> torch.Tensor:
+        """The summed negative log-likelihood of rows [n, T + 1]."""
+        device, documents = self.world.device, None
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
+        if self.config.data.document_mask:
+            documents = torch.from_numpy(document_ids(rows[:, :-1], self.tokenizer)).to(device)
+        return self.model(tokens[:, :-1], tokens[:, 1:], documents).sum()
 
     def _micro_batches(self, rows: StepRows) -> list[np.ndarray]:
         """Split this rank's rows into as many parts as the fullest rank needs.
@@ -199,8 +213,11 @@ class Trainer:
         evaluate = _due(self.step, cadence.eval.every)
         if (last or evaluate) and self.validation is not None:
             with self._paused():
-                results = self.validation.score(self.model, self.world)
-            self.callbacks.evaluation({"global_step": self.step, **results})
+                scores = self.validation.score(self.model, self.world)
+                if self.world.rank == 0:
+                    # Before the line that tells of it.
+                    write_curves(self.folder.curves_file(self.step), self.step, scores.curves)
+            self.callbacks.evaluation({"global_step": self.step, **scores.metrics})
         # Last, so that the checkpoint of a step exists only when all else of the step is done.
         if last or evaluate or _due(self.step, cadence.dump.every):
             self._save()

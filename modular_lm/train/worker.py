@@ -72,6 +72,7 @@ def _validation(run: Run) -> Validation | None:
         c.data.seq_len,
         c.eval.validation.max_docs,
         c.eval.validation.batch_size or c.data.batch_size,
+        c.eval.validation.chunk_len or c.model.module_seq_len,
     )
 
 

@@ -106,6 +106,30 @@ def test_torch_counts_the_same_but_for_the_masked_half(
     assert counted(model, batch, seq_len) == pytest.approx(batch * expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"module_agg": "drop", "module_seq_len": 6, "module_lookback": 2},
+        {"module_agg": "avg", "module_seq_len": 6, "module_lookback": 6},
+        {"sliding_window": 6},
+        {"sliding_window": 5},
+    ],
+)
+def test_torch_counts_the_same_for_borders_and_windows(keys: dict[str, Any]) -> None:
+    """But for masked pairs: chunks but the first also hold `look-back x chunk` keys, a window is
+    computed in blocks of its length that see the block before."""
+    seq_len, batch = 24, 2
+    model = tiny_model(torch.float32, n_layers=3, module_n_layers=1, **keys)
+    z, window = sizes_of(model.config), model.config.sliding_window
+    block = window or keys["module_seq_len"]
+    n_blocks, back = -(-seq_len // block), window or keys["module_lookback"]
+    computed = block * (n_blocks * block + (n_blocks - 1) * back)
+    local, _ = attention_pairs(model.config, seq_len)
+    masked = z.n_layers * z.attn_dim * (computed - local)
+    expected = flops_per_token(model.config, seq_len) * seq_len + 12 * masked
+    assert counted(model, batch, seq_len) == pytest.approx(batch * expected, rel=1e-12)
+
+
 def test_known_numbers() -> None:
     """A 27 M trunk: chunks of 256 in 4096 tokens, by the formula of causal attention."""
     config = tiny_config(

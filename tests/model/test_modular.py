@@ -244,12 +244,24 @@ def test_later_tokens_change_no_bit_of_earlier_logits(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("m", "pool"), [(1, "mean"), (2, "mean"), (2, "last")])
-def test_a_token_depends_on_what_it_may_see_and_nothing_else(mode: str, m: int, pool: str) -> None:
+@pytest.mark.parametrize(
+    ("m", "pool", "lookback"), [(1, "mean", 0), (2, "mean", 0), (2, "last", 0), (1, "mean", 2)]
+)
+def test_a_token_depends_on_what_it_may_see_and_nothing_else(
+    mode: str, m: int, pool: str, lookback: int
+) -> None:
     """The gradient of position t reaches the embedding at j iff j <= t and, with `drop`, j lies
-    in t's chunk. All tokens differ, so a row of the table is a position."""
+    in t's chunk or as far before as the layers look back. All tokens differ, so a row of the table
+    is a position."""
     length, chunk = 14, 4
-    model = tiny_model(module_agg=mode, module_seq_len=chunk, module_n_summary=m, module_pool=pool)
+    model = tiny_model(
+        module_agg=mode,
+        module_seq_len=chunk,
+        module_n_summary=m,
+        module_pool=pool,
+        module_lookback=lookback,
+        n_layers=2,
+    )
     tokens = torch.arange(length)[None]
     logits = model(tokens)
     readout = torch.randn(VOCAB, dtype=logits.dtype, generator=torch.Generator().manual_seed(0))
@@ -260,7 +272,8 @@ def test_a_token_depends_on_what_it_may_see_and_nothing_else(mode: str, m: int, 
         )
         reached.append((grad[:length] != 0).any(-1))
     j, t = torch.arange(length), torch.arange(length)[:, None]
-    allowed = (j <= t) & ((j // chunk == t // chunk) | (mode != "drop"))
+    seen = ((j <= t) & (j >= t // chunk * chunk - lookback)).long()
+    allowed = (j <= t) & ((seen @ seen > 0) | (mode != "drop"))  # a path through two layers
     assert torch.equal(torch.stack(reached), allowed)
 
 

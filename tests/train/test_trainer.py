@@ -195,3 +195,28 @@ def test_bf16_trains(world: World, tmp_path: Path) -> None:
     recorder, t = run(world, tmp_path, "distributed.model_dtype=bf16")
     assert recorder.losses[-1] < recorder.losses[0]
     assert all(p.dtype == torch.float32 for p in t.model.parameters())
+
+
+def test_documents_of_a_sample_are_kept_apart_if_asked(world: World, tmp_path: Path) -> None:
+    (first, *_) = rows()
+    first.tokens[:, [9, 20]] = TOKENIZER.bos_id
+    losses = []
+    for mask in ("true", "false"):
+        recorder = Recorder()
+        one = trainer(world, tmp_path / mask, recorder, f"data.document_mask={mask}")
+        tokens = torch.from_numpy(first.tokens.astype(np.int64))
+        documents = (tokens[:, :-1] == TOKENIZER.bos_id).cumsum(1) if mask == "true" else None
+        expected = one.model(tokens[:, :-1], tokens[:, 1:], documents).mean().item()
+        one.run(iter([first]), 1)
+        assert recorder.losses == [pytest.approx(expected, rel=1e-6)]
+        losses += recorder.losses
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("impl", ["flex", "xformers"])
+def test_an_attention_backend_that_cannot_train_here_is_refused(
+    impl: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(AgreedError, match=f"distributed.attn_impl={impl}.*use auto") as caught:
+        trainer(world, tmp_path, Recorder(), f"distributed.attn_impl={impl}")
+    assert caught.value.exit_code == 2
