@@ -65,7 +65,7 @@ def take_state(
     shapes = parameter_shapes(config)
     for name in given:
         if name not in names:
-            raise CheckpointError(f"{where}: tensor {name} has no place in a plain Llama")
+            raise CheckpointError(f"{where}: tensor {name} has no place in this model")
     state = {}
     for name, ours in names.items():
         if name not in given:
@@ -83,6 +83,11 @@ def take_state(
             )
         state[ours] = tensor.to(torch.float32)
     return state
+
+
+def take_own(given: Mapping[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
+    """`take_state` for tensors that have our names."""
+    return take_state(given, {name: name for name in parameter_shapes(config)}, config, where)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ rank does is in `worker`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import uuid
@@ -23,18 +24,23 @@ from modular_lm.config import TrainConfig, to_dict, to_yaml
 from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
 from modular_lm.config.load import from_dict
 from modular_lm.data.dataset import Dataset, check_fingerprint
-from modular_lm.errors import ConfigError, reason
+from modular_lm.errors import CheckpointError, ConfigError, reason
 from modular_lm.files import write_text_atomic
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
 from modular_lm.train.inventory import complete_steps, newest_step, step_folder
+from modular_lm.train.saved_config import find_checkpoint, find_initial
 
 log = logging.getLogger(__name__)
 
 
 def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
-    """Fill in all defaults, make paths absolute, and build the tokenizer. Raises ConfigError."""
+    """Fill in all defaults, make paths absolute, and build the tokenizer.
+
+    Raises ConfigError, or CheckpointError where a new run cannot start from
+    `checkpoint.init_ckpt_path`.
+    """
     tokenizer = build_tokenizer(config.data.tokenizer)
     resolved = resolve(config, tokenizer.n_words)
     token = resolved.data.tokenizer
@@ -50,7 +56,27 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
             f"dump_dir={resolved.dump_dir}: must be a folder that all nodes share, not a URI"
         )
     dump_dir = str(Path(resolved.dump_dir).expanduser().resolve())
-    return dataclasses.replace(resolved, data=data, dump_dir=dump_dir), tokenizer
+    resolved = dataclasses.replace(resolved, data=data, dump_dir=dump_dir)
+    return _with_initial_weights(resolved, tokenizer), tokenizer
+
+
+def _with_initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """`checkpoint.init_ckpt_path` as the very checkpoint: a run's folder stands for its latest.
+
+    Checked for a new run only: one with checkpoints of its own needs it no more, it may be gone.
+    """
+    path = config.checkpoint.init_ckpt_path
+    if path is None:
+        return config
+    assert config.dump_dir is not None
+    if newest_step(RunFolder(config.dump_dir).checkpoints) == 0:
+        found = find_initial(config, tokenizer)
+    else:
+        found = Path(path).expanduser().resolve()
+        with contextlib.suppress(CheckpointError):
+            found = find_checkpoint(path, "checkpoint.init_ckpt_path")
+    checkpoint = dataclasses.replace(config.checkpoint, init_ckpt_path=str(found))
+    return dataclasses.replace(config, checkpoint=checkpoint)
 
 
 @dataclass
@@ -100,6 +126,7 @@ class Run:
                 batch_size=self.config.data.batch_size,
                 grad_acc_steps=self.config.grad_acc_steps,
                 data=self.dataset.fingerprint(),
+                init_ckpt_path=self.config.checkpoint.init_ckpt_path,
             )
 
     def begin_attempt(self, hosts: list[str]) -> int:
@@ -117,6 +144,7 @@ class Run:
             world_size=len(hosts),
             hosts=sorted(set(hosts)),
             config_changes=list(self.config_changes),
+            init_ckpt_path=None if start else self.config.checkpoint.init_ckpt_path,
         )
         return start
 
@@ -202,7 +230,8 @@ def _is_same_run(
     except (ConfigError, OSError):
         return False
     same_data = created["data"] == dataset.fingerprint()
-    return not refused and same_data and created["global_batch_size"] == batch
+    same_start = created.get("init_ckpt_path") == config.checkpoint.init_ckpt_path
+    return not refused and same_data and same_start and created["global_batch_size"] == batch
 
 
 def _stored_batch(

@@ -78,7 +78,10 @@ def test_the_table_holds_for_the_command_line_too(caplog: pytest.LogCaptureFixtu
     ("part", "key"),
     [
         ("distributed: {tp_size: 2}", "distributed.tp_size=2"),
-        ("checkpoint: {init_ckpt_path: /x}", "checkpoint.init_ckpt_path=/x"),
+        (
+            "checkpoint: {continue_training_from_init: true}",
+            "checkpoint.continue_training_from_init=True",
+        ),
         ("model: {n_future_head: 4}", "model.n_future_head=4"),
         ("optim: {cosine_theta: 3.0}", "optim.cosine_theta=3.0"),
         ("data: {add_bos: false}", "data.add_bos=False"),
@@ -88,3 +91,9 @@ def test_what_would_train_something_else_is_refused(tmp_path: Path, part: str, k
     with pytest.raises(ConfigError) as caught:
         load_config(TrainConfig, [write(tmp_path, part)])
     assert str(caught.value).startswith(key)
+
+
+def test_weights_to_start_from_are_taken_over(tmp_path: Path) -> None:
+    part = "checkpoint: {init_ckpt_path: /x, continue_training_from_init: false}"
+    config, _ = load_config(TrainConfig, [write(tmp_path, part)])
+    assert config.checkpoint.init_ckpt_path == "/x"

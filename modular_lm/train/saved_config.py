@@ -1,0 +1,103 @@
+"""The config a checkpoint was written with, and what of it a run that starts from it must share.
+
+Imports no torch, so that a checkpoint that does not fit is refused at once; the tensors themselves
+are compared by `checkpoint.load_model`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modular_lm.config import ModelConfig, TrainConfig
+from modular_lm.config.load import from_dict
+from modular_lm.errors import CheckpointError, ConfigError
+from modular_lm.model.sizes import sizes_of
+from modular_lm.tokenizer import Tokenizer, build_tokenizer
+from modular_lm.train import inventory
+
+TOKENIZER_FILE = "tokenizer.model"
+_INIT_KEY = "checkpoint.init_ckpt_path"
+_TRUNK = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "weight_tying"),
+    *("rope_theta", "norm_eps", "mixer"),
+)
+_SITES = ("module_agg", "module_n_layers")
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The resolved config a checkpoint was written with, its tokenizer the one that lies in it."""
+    try:
+        config = from_dict(TrainConfig, json.loads((folder / "params.json").read_text()))
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / 'params.json'}: {error}") from error
+    tokenizer = config.data.tokenizer
+    if tokenizer.path == TOKENIZER_FILE:
+        tokenizer.path = str(folder / TOKENIZER_FILE)
+    return config
+
+
+def find_checkpoint(path: str, key: str) -> Path:
+    """`inventory.find` for a path that the user gave as `key`. Raises CheckpointError."""
+    try:
+        return inventory.find(path).resolve()
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("ckpt=", f"{key}=", 1)) from error
+
+
+def has_one_chunk(config: TrainConfig) -> bool:
+    """Whether a sample is one chunk, so that aggregation sites never run: a dense model."""
+    length = config.model.module_seq_len
+    return length is None or length >= config.data.seq_len
+
+
+def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
+    """The checkpoint that `checkpoint.init_ckpt_path` of a resolved config names.
+
+    Raises CheckpointError if there is none, ConfigError, naming the keys, if its trunk, its
+    aggregation sites or its tokenizer are not this run's.
+    """
+    assert config.checkpoint.init_ckpt_path is not None
+    folder = find_checkpoint(config.checkpoint.init_ckpt_path, _INIT_KEY)
+    saved = read_config(folder)
+    differing = _differences(saved.model, config.model)
+    if not has_one_chunk(saved):
+        differing += _site_differences(saved.model, config.model)
+    if differing:
+        raise ConfigError(
+            f"{_INIT_KEY}={folder}: its model is another one: {'; '.join(differing)}; "
+            "set these keys as in its params.json"
+        )
+    theirs = build_tokenizer(saved.data.tokenizer)
+    if (theirs.name, theirs.content_hash) != (tokenizer.name, tokenizer.content_hash):
+        raise ConfigError(
+            f"{_INIT_KEY}={folder}: its tokenizer ({_named(theirs)}) is not this run's "
+            f"({_named(tokenizer)}); set data.tokenizer.name and data.tokenizer.path to it"
+        )
+    return folder
+
+
+def _differences(saved: ModelConfig, new: ModelConfig) -> list[str]:
+    """What differs in the trunk, as `model.key: theirs there, ours here`."""
+    found = [_line(key, getattr(saved, key), getattr(new, key)) for key in _TRUNK]
+    widths = sizes_of(saved).ffn_dim, sizes_of(new).ffn_dim
+    found.append(_line("multiple_of and model.ffn_dim_multiplier (feed-forward width)", *widths))
+    return [line for line in found if line]
+
+
+def _site_differences(saved: ModelConfig, new: ModelConfig) -> list[str]:
+    """What differs in sites that were trained; a checkpoint of `drop` has none."""
+    if saved.module_agg == "drop" or (saved.module_n_layers or 1) >= saved.n_layers:
+        return []
+    keys = (*_SITES, "module_agg_dim") if saved.module_agg == "stack" else _SITES
+    found = [_line(key, getattr(saved, key), getattr(new, key)) for key in keys]
+    return [line for line in found if line]
+
+
+def _line(key: str, theirs: Any, ours: Any) -> str:
+    return "" if theirs == ours else f"model.{key}: {theirs} there, {ours} here"
+
+
+def _named(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.name} {tokenizer.content_hash[:8]}"
