@@ -173,12 +173,15 @@ def test_stories260k_modularised_with_one_chunk_has_the_same_bits(stories: Path,
 # Compilation
 
 
-def test_layers_and_sites_compile_whole_and_once() -> None:
+@pytest.mark.parametrize(
+    "keys", [{"module_seq_len": 4}, {"module_seq_len": 4, "module_lookback": 2}]
+)
+def test_layers_and_sites_compile_whole_and_once(keys: dict[str, Any]) -> None:
     """Per unit, as training does it: no graph break, and no new graph for the next batch."""
     import torch._dynamo.testing as dynamo
 
     counter = dynamo.CompileCounter()
-    model = tiny_model(torch.float32, module_agg="stack", module_seq_len=4, n_layers=2)
+    model = tiny_model(torch.float32, module_agg="stack", n_layers=2, **keys)
     tokens = some_tokens(2, 12)
     expected = model(tokens)
     torch._dynamo.reset()
