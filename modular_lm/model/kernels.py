@@ -128,6 +128,7 @@ _MAX_BLOCK_MASKS = 16
 _block_masks: OrderedDict[Any, Any] = OrderedDict()
 
 
+@torch.compiler.disable  # made once, outside of any graph
 def block_mask(mask: Mask, device: torch.device) -> Any:
     """flex_attention's `BlockMask`, None where all is seen; kept, for all layers ask the same."""
     from torch.nn.attention.flex_attention import create_block_mask

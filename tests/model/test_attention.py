@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from modular_lm.config.schema import ModelConfig
 from modular_lm.errors import ConfigError
-from modular_lm.model.attention import attend, choose_backends
+from modular_lm.model.attention import attend, choose_backends, use_backends
 from modular_lm.model.kernels import BACKENDS, block_diagonal, sdpa
 from modular_lm.model.masks import Mask, causal, everything
 
 from .mask_strategy import masks, runs
-from .tiny_models import tiny_config
+from .tiny_models import some_documents, some_tokens, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -148,3 +148,20 @@ def test_a_backend_that_fails_is_refused_with_what_it_says(monkeypatch: pytest.M
     monkeypatch.setitem(BACKENDS, "flex", broken)
     with pytest.raises(ConfigError, match="flex does not work here: no kernel image"):
         choose("flex", tiny_config(), training=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_within_compiled_layers() -> None:
+    """Its block masks are made outside of the graphs, and made once for all layers."""
+    keys = {"module_seq_len": 16, "module_lookback": 8, "module_agg": "stack"}
+    model = tiny_model(torch.float32, dim=32, module_agg_dim=32, n_layers=2, **keys)
+    tokens, documents = some_tokens(2, 40), some_documents(2, 40)
+    with torch.no_grad():
+        expected = model(tokens, documents=documents)
+        use_backends(model, dict.fromkeys(("plain", "causal", "documents", "memory"), "flex"))
+        for unit in [*model.layers, *model.aggs]:
+            unit.compile(backend="eager")
+        found = model(tokens, documents=documents)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
