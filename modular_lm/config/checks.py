@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from modular_lm.config.load import to_dict
@@ -39,11 +40,14 @@ def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
     if data.seed is None:
         data = dataclasses.replace(data, seed=config.seed)
     model = resolve_model(config.model, config.data.seq_len, vocab_size)
-    resolved = dataclasses.replace(
-        config, data=data, model=model, dump_dir=config.dump_dir or f"runs/{config.name}"
-    )
+    resolved = dataclasses.replace(config, data=data, model=model, dump_dir=dump_dir_of(config))
     _check_run(resolved)
     return resolved
+
+
+def dump_dir_of(config: TrainConfig) -> str:
+    """Folder of the run, as given or by its name."""
+    return config.dump_dir or f"runs/{config.name}"
 
 
 def resolve_model(model: ModelConfig, seq_len: int, vocab_size: int) -> ModelConfig:
@@ -86,13 +90,15 @@ def _resolve_columns(m: ModelConfig) -> ModelConfig:
     new, names = m.create_module_name, list(m.module_names)
     if new is not None and new not in names:
         names.append(new)
-    for name in names:
-        if not _COLUMN_NAME.fullmatch(name) or name in _RESERVED or names.count(name) > 1:
-            raise ConfigError(
-                f"model.{'create_module_name' if name == new else 'module_names'}={name}: expected "
-                "a new name of letters, digits, - and _, other than base and auto"
-            )
+    for i, name in enumerate(names):
+        key = "create_module_name" if name == new else "module_names"
+        check_new_column(name, names[:i], f"model.{key}")
     route = m.module_route or new or "base"
+    if route == "auto":
+        raise ConfigError(
+            "model.module_route=auto: training runs all chunks through one column; name it, and "
+            "route by evidence (route=auto) when generating"
+        )
     if route not in ("base", *names):
         raise ConfigError(
             f"model.module_route={route}: expected a column: {', '.join(['base', *names])}"
@@ -104,6 +110,19 @@ def _resolve_columns(m: ModelConfig) -> ModelConfig:
         )
     train = m.module_train or ("all" if route == "base" else "new")
     return dataclasses.replace(m, module_names=names, module_route=route, module_train=train)
+
+
+def check_new_column(name: str, taken: Sequence[str], key: str) -> None:
+    """Raise ConfigError, naming `key`, unless a column can be called so beside those in `taken`."""
+    if name in taken:
+        raise ConfigError(
+            f"{key}={name}: there is such a column already, of {', '.join(taken)}; choose another "
+            "name"
+        )
+    if not _COLUMN_NAME.fullmatch(name) or name in _RESERVED:
+        raise ConfigError(
+            f"{key}={name}: expected a name of letters, digits, - and _, other than base and auto"
+        )
 
 
 def _normalised(sources: dict[str, float]) -> dict[str, float]:
@@ -159,6 +178,11 @@ def _check_run(c: TrainConfig) -> None:
         raise ConfigError(f"stop_at={c.stop_at}: lies behind the last step, steps={c.steps}")
     if not c.name or "/" in c.name or c.name.startswith("."):
         raise ConfigError(f"name={c.name}: expected a name that can be a folder's")
+    if c.model.create_module_name is not None and c.checkpoint.init_ckpt_path is None:
+        raise ConfigError(
+            f"model.create_module_name={c.model.create_module_name}: a column is added to a "
+            "trained model; name its checkpoint in checkpoint.init_ckpt_path"
+        )
 
 
 def warnings_of(c: TrainConfig) -> list[str]:
@@ -182,6 +206,12 @@ def warnings_of(c: TrainConfig) -> list[str]:
                 f"{key} cannot act: model.module_n_layers={m.module_n_layers} leaves one module "
                 f"of all {m.n_layers} layers, with no place for an aggregation between modules"
             )
+    others = [name for name in ("base", *m.module_names) if name != m.module_route]
+    if others and m.module_train == "all":
+        found.append(
+            f"model.module_train=all: what all columns share learns, so that the outputs of "
+            f"{', '.join(others)} change too, and columns cannot be moved to or from the old base"
+        )
     return found
 
 

@@ -198,6 +198,8 @@ def _convert(hint: Any, value: Any, full: str) -> Any:
         hint_text = f"; did you mean {close[0]}?" if close else ""
         choices = ", ".join(map(str, args))
         raise ConfigError(f"{full}={value}: expected one of {choices}{hint_text}")
+    if origin is list and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
     if origin is list and isinstance(value, list):
         return [_convert(args[0], v, full) for v in value]
     if origin is dict and isinstance(value, dict):

@@ -21,6 +21,7 @@ FsdpType = Literal["full_shard", "shard_grad_op"]
 Dtype = Literal["fp32", "bf16"]
 SourceFormat = Literal["hf", "meta", "torch", "dcp"]
 TargetFormat = Literal["dcp", "torch", "hf"]
+ModulesAction = Literal["list", "add", "export", "import", "merge"]
 AttentionImpl = Literal["auto", "sdpa", "flex", "xformers"]
 
 
@@ -293,3 +294,17 @@ class ConvertConfig:
     tokenizer: TokenizerConfig = key(
         TokenizerConfig, "the model's tokenizer; required for hf and meta"
     )
+
+
+@dataclass
+class ModulesConfig:
+    action: ModulesAction | None = key(None, "what to do; required")
+    ckpt: str = key("", "a checkpoint folder, or a run's: then its latest; never changed")
+    name: str = key("", "the column to make or, action=export, to write")
+    init: ColumnInit = key(
+        "copy", "copy: a new column is as the base; fresh: newly drawn, doing nothing at first"
+    )
+    modules: list[str] = key([], "columns whose mean action=merge takes, e.g. base,code")
+    src: str = key("", "file of a column to import")
+    out: str = key("", "file to export a column to")
+    dst: str = key("", "checkpoint folder to write, which must not exist")

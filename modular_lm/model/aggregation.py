@@ -170,7 +170,8 @@ class MemoryAttention(nn.Module):
         first = m * torch.tensor(chunks, device=pooled.device)
         places = first[:, None] + torch.arange(m, device=pooled.device)
         new = self._keys_values(pooled, places, memory[0].dtype)
-        if len(set(chunks)) == 1 and len(rows) == len(chunks):
+        # All rows end here, and none has room left from a longer one that was beside it.
+        if memory[0].shape[1] == m * min(chunks) and len(rows) == len(chunks):
             return tuple(torch.cat(pair, dim=1) for pair in zip(memory, new, strict=True))
         width = max(memory[0].shape[1], m * (1 + max(chunks[row] for row in rows)))
         index = torch.tensor(rows, device=pooled.device)

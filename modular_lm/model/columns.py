@@ -49,7 +49,7 @@ def run_columns(
 
     h: [N, S, D], row n to go through column `routes[n]` ([N], int64); returns the same shape.
     """
-    out = torch.zeros_like(h)
+    out, placed = torch.zeros_like(h), 0
     for number, column in enumerate(columns):
         rows = (routes == number).nonzero()[:, 0]
         # Sharded weights are gathered by all ranks together: each runs every column, if need be
@@ -59,6 +59,8 @@ def run_columns(
         for i in layers:
             part, _ = column[i](part, of_part, None)
         out = out.index_copy(0, rows, part[: len(rows)])
+        placed += len(rows)
+    assert placed == len(h), "a route is the number of no column"
     return out
 
 

@@ -56,6 +56,14 @@ def parameters(config: ModelConfig) -> Parameters:
     )
 
 
+def trained_parameters(config: ModelConfig) -> int:
+    """How many of the parameters learn, by `module_train`."""
+    z, count = sizes_of(config), parameters(config)
+    column = count.layers + 2 * z.n_layers * z.dim
+    shared = count.total - count.columns - column
+    return column + (shared if config.module_train == "all" else 0)
+
+
 def _site_parameters(config: ModelConfig) -> int:
     z = sizes_of(config)
     if config.module_agg == "stack":

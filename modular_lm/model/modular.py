@@ -84,6 +84,7 @@ class Body:
         batch, total, _ = h.shape
         length = min(self.config.module_seq_len or total, total)
         n_chunks = -(-total // length)
+        assert routes is None or routes.shape == (batch, n_chunks), "expected a route per chunk"
         if n_chunks > 1:
             missing = n_chunks * length - total
             h = F.pad(h, (0, 0, 0, missing))

@@ -55,6 +55,8 @@ def check_candidates(model: LanguageModel, candidates: Sequence[str]) -> None:
             f"modules={','.join(candidates)}: expected some of the columns of this model: "
             f"{', '.join(names)}"
         )
+    if len(set(candidates)) < len(candidates):
+        raise ConfigError(f"modules={','.join(candidates)}: names a column twice")
     if model.config.module_seq_len is None:
         raise ConfigError("route=auto: needs chunks, this model has model.module_seq_len=null")
     if model.config.module_lookback and len(candidates) > 1:
@@ -104,10 +106,10 @@ def choose_routes(model: LanguageModel, candidates: Sequence[str], tokens: Tenso
     routed, length = init_routed(model, candidates, len(tokens)), model.config.module_seq_len
     assert length is not None
     numbers = torch.tensor([model.column_names.index(c) for c in candidates], device=tokens.device)
-    routes = []
-    for chunk in tokens.split(length, dim=1):
-        routes.append(numbers[routed.routes])
+    routes = [numbers[routed.routes]]
+    for chunk in tokens.split(length, dim=1)[:-1]:
         _, routed = extend_routed(model, candidates, chunk, routed)
+        routes.append(numbers[routed.routes])
     return torch.stack(routes, dim=1)
 
 

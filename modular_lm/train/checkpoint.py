@@ -222,7 +222,8 @@ def load_model(folder: Path, model: nn.Module, world: World) -> set[str]:
         options = StateDictOptions(strict=False)
         set_model_state_dict(model, cast("dict[str, Any]", shared), options=options)
         if world.rank == 0:
-            new = f"; new, not in it: {', '.join(sorted(kept))}" if kept else ""
+            parts = sorted({".".join(name.split(".")[:2]) for name in kept})
+            new = f"; new, not in it: {', '.join(parts)}" if parts else ""
             log.info("weights of %s%s", folder, new)
         return kept
 

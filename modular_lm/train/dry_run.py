@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from modular_lm.config import TrainConfig, to_dict, to_yaml
 from modular_lm.config.checks import global_batch_size, warnings_of
-from modular_lm.model.flops import flops_per_token, parameters, state_elements
-from modular_lm.model.sizes import sizes_of
+from modular_lm.model.flops import (
+    flops_per_token,
+    parameters,
+    state_elements,
+    trained_parameters,
+)
+from modular_lm.model.sizes import column_names, sizes_of
 
-# fp32 weights, gradients and the two moments of AdamW.
-_STATE_BYTES = 16
+# In fp32: weights, then of those that learn gradients and the two moments of AdamW.
+_WEIGHT_BYTES, _LEARNING_BYTES = 4, 12
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
@@ -21,6 +26,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
     state, activations = memory_estimate(config, world_size)
     rows = [
         ("parameters", f"{count.total:,} ({count.non_embedding:,} without embeddings)"),
+        *_columns(config),
         ("FLOPs per token", f"{per_token:.4g} (forward and backward)"),
         (
             "decoding state",
@@ -44,18 +50,28 @@ def describe(config: TrainConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def _columns(config: TrainConfig) -> list[tuple[str, str]]:
+    m = config.model
+    if m.module_train == "all" and not m.module_names:
+        return []
+    shared = " and what all share" if m.module_train == "all" else ""
+    learning = f"{m.module_route}{shared}, {trained_parameters(m):,} parameters"
+    return [("columns", ", ".join(column_names(m))), ("learning", learning)]
+
+
 def memory_estimate(config: TrainConfig, world_size: int) -> tuple[float, float]:
     """(state, activations) of one worker in MiB.
 
-    State is 16 bytes a parameter, sharded. Activations are a rough estimate for a micro-batch
-    without recomputation: per token and layer what backward needs of attention (about 8 dim) and
-    of the feed-forward (about 2 dim + 4 hidden), and logits twice in fp32.
+    State is 16 bytes a parameter that learns and 4 of any other, sharded. Activations are a rough
+    estimate for a micro-batch without recomputation: per token and layer what backward needs of
+    attention (about 8 dim) and of the feed-forward (about 2 dim + 4 hidden), and logits twice in
+    fp32.
     """
     m, d = config.model, config.data
-    count = parameters(m)
+    state = _WEIGHT_BYTES * parameters(m).total + _LEARNING_BYTES * trained_parameters(m)
     size = 2 if config.distributed.model_dtype == "bf16" else 4
     tokens = d.batch_size * d.seq_len
     per_layer = (10 * m.dim + 4 * sizes_of(m).ffn_dim) * size
     logits = 2 * 4 * m.vocab_size
     activations = tokens * (m.n_layers * per_layer + logits)
-    return _STATE_BYTES * count.total / world_size / 2**20, activations / 2**20
+    return state / world_size / 2**20, activations / 2**20

@@ -21,7 +21,13 @@ from typing import Any
 import yaml
 
 from modular_lm.config import TrainConfig, to_dict, to_yaml
-from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
+from modular_lm.config.checks import (
+    changes,
+    dump_dir_of,
+    global_batch_size,
+    resolve,
+    warnings_of,
+)
 from modular_lm.config.load import from_dict
 from modular_lm.data.dataset import Dataset, check_fingerprint
 from modular_lm.errors import CheckpointError, ConfigError, reason
@@ -30,7 +36,7 @@ from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
 from modular_lm.train.inventory import complete_steps, newest_step, step_folder
-from modular_lm.train.saved_config import find_checkpoint, find_initial
+from modular_lm.train.saved_config import INIT_KEY, find_checkpoint, find_initial, read_config
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +48,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
     `checkpoint.init_ckpt_path`.
     """
     tokenizer = build_tokenizer(config.data.tokenizer)
-    resolved = resolve(config, tokenizer.n_words)
+    resolved = resolve(_with_columns(config), tokenizer.n_words)
     token = resolved.data.tokenizer
     if tokenizer.file is not None:
         token = dataclasses.replace(token, path=str(tokenizer.file.resolve()))
@@ -60,6 +66,32 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
     return _with_initial_weights(resolved, tokenizer), tokenizer
 
 
+def _with_columns(config: TrainConfig) -> TrainConfig:
+    """`model.module_names` as the run's own checkpoints have it, else as the initial one has."""
+    initial, model = config.checkpoint.init_ckpt_path, config.model
+    checkpoints = RunFolder(Path(dump_dir_of(config)).expanduser()).checkpoints
+    if step := newest_step(checkpoints):
+        names = read_config(step_folder(checkpoints, step)).model.module_names
+        # Others than these are refused with all else that a run may not change.
+        model = dataclasses.replace(model, module_names=model.module_names or names)
+        return dataclasses.replace(config, model=model)
+    names, new = [], model.create_module_name
+    if initial is not None:
+        names = read_config(find_checkpoint(initial, INIT_KEY)).model.module_names
+    if new in names:
+        raise ConfigError(
+            f"model.create_module_name={new}: {INIT_KEY}={initial} has this column already; "
+            f"choose another name, or train it further with model.module_route={new} instead"
+        )
+    if model.module_names not in ([], names, [*names, new]):
+        raise ConfigError(
+            f"model.module_names={','.join(model.module_names)}: a new run has the columns of "
+            f"{INIT_KEY}={initial} ({', '.join(names) or 'none'}); leave this key out"
+        )
+    model = dataclasses.replace(model, module_names=names)
+    return dataclasses.replace(config, model=model)
+
+
 def _with_initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """`checkpoint.init_ckpt_path` as the very checkpoint: a run's folder stands for its latest.
 
@@ -74,7 +106,7 @@ def _with_initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> TrainCon
     else:
         found = Path(path).expanduser().resolve()
         with contextlib.suppress(CheckpointError):
-            found = find_checkpoint(path, "checkpoint.init_ckpt_path")
+            found = find_checkpoint(path, INIT_KEY)
     checkpoint = dataclasses.replace(config.checkpoint, init_ckpt_path=str(found))
     return dataclasses.replace(config, checkpoint=checkpoint)
 

@@ -18,7 +18,7 @@ from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
 
 TOKENIZER_FILE = "tokenizer.model"
-_INIT_KEY = "checkpoint.init_ckpt_path"
+INIT_KEY = "checkpoint.init_ckpt_path"
 _TRUNK = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "weight_tying"),
     *("rope_theta", "norm_eps", "mixer"),
@@ -59,20 +59,20 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
     aggregation sites or its tokenizer are not this run's.
     """
     assert config.checkpoint.init_ckpt_path is not None
-    folder = find_checkpoint(config.checkpoint.init_ckpt_path, _INIT_KEY)
+    folder = find_checkpoint(config.checkpoint.init_ckpt_path, INIT_KEY)
     saved = read_config(folder)
     differing = _differences(saved.model, config.model)
     if not has_one_chunk(saved):
         differing += _site_differences(saved.model, config.model)
     if differing:
         raise ConfigError(
-            f"{_INIT_KEY}={folder}: its model is another one: {'; '.join(differing)}; "
+            f"{INIT_KEY}={folder}: its model is another one: {'; '.join(differing)}; "
             "set these keys as in its params.json"
         )
     theirs = build_tokenizer(saved.data.tokenizer)
     if (theirs.name, theirs.content_hash) != (tokenizer.name, tokenizer.content_hash):
         raise ConfigError(
-            f"{_INIT_KEY}={folder}: its tokenizer ({_named(theirs)}) is not this run's "
+            f"{INIT_KEY}={folder}: its tokenizer ({_named(theirs)}) is not this run's "
             f"({_named(tokenizer)}); set data.tokenizer.name and data.tokenizer.path to it"
         )
     return folder

@@ -25,6 +25,7 @@ from modular_lm.data.dataset import StepRows, document_ids, rank_range
 from modular_lm.errors import RunFailedError
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
 from modular_lm.eval.positions import write_curves
+from modular_lm.model.columns import begin_column
 from modular_lm.model.flops import flops_per_token
 from modular_lm.optim import apply_settings, build_optimizer, learning_rate
 from modular_lm.parallel import World, build_model, sync_gradients
@@ -106,8 +107,7 @@ class Trainer:
         A collective.
         """
         if start_step == 0:
-            if path := self.config.checkpoint.init_ckpt_path:
-                checkpoint.load_model(Path(path), self.model, self.world)
+            self._begin()
             return
         folder = inventory.step_folder(self.folder.checkpoints, start_step)
         state = checkpoint.load(folder, self.model, self.optimizer, self.world)
@@ -119,6 +119,14 @@ class Trainer:
             )
         self.step = self._saved_step = start_step
         log.info("resumed at step %d from %s", start_step, folder)
+
+    def _begin(self) -> None:
+        """The weights of step 0, where they are not simply drawn."""
+        c = self.config
+        if path := c.checkpoint.init_ckpt_path:
+            checkpoint.load_model(Path(path), self.model, self.world)
+        if c.model.create_module_name is not None:
+            begin_column(self.model, c.model.create_module_name, c.model.create_module_init)
 
     def run(self, steps: Iterator[StepRows], stop_step: int) -> Outcome:
         """Train up to `stop_step` on the rows of `steps`, which begin at the current step."""

@@ -40,6 +40,24 @@ def test_values_as_given_are_returned_for_base_config(tmp_path: Path) -> None:
     assert given == {"steps": 7, "model": {"dim": 32}}
 
 
+@pytest.mark.parametrize("text", ["a,b", "[a,b]", "[a, b]", "a, b,"])
+def test_lists_may_be_written_with_commas_alone(text: str, tmp_path: Path) -> None:
+    assert load(f"model.module_names={text}").model.module_names == ["a", "b"]
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: {{module_names: {text}}}" if "[" in text else f'modules: "{text}"')
+    if "[" in text:
+        assert load(f"config={file}").model.module_names == ["a", "b"]
+    else:
+        assert load_config(GenerateConfig, [f"config={file}"])[0].modules == ["a", "b"]
+
+
+def test_a_list_of_one_and_of_none() -> None:
+    assert load("model.module_names=a").model.module_names == ["a"]
+    assert load("model.module_names=[]").model.module_names == []
+    with pytest.raises(ConfigError, match="expected"):
+        load("model.module_names={a: 1}")
+
+
 def test_yaml_interpolation_and_scientific_numbers(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("steps: 1e3\nname: a\ndump_dir: runs/${name}\noptim: {lr: 3e-4}\n")

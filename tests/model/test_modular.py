@@ -95,6 +95,7 @@ def test_one_chunk_is_the_dense_transformer_to_the_bit(
 ) -> None:
     m = keys["module_n_summary"]
     keys["module_seq_len"] = m * (-(-length // m) + longer)
+    keys["module_lookback"] = min(keys["module_lookback"], keys["module_seq_len"])
     model = tiny_model(dtype, **keys)
     tokens = some_tokens(2, length)
     logits = model(tokens)
@@ -373,6 +374,18 @@ def test_rows_at_different_positions_are_as_if_alone(
             order = data.draw(st.permutations(range(len(rows))))[:-1]
             state, rows = state.select(order), [rows[i] for i in order]
     assert state.t == tuple(read[row] for row in rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_goes_on_alone_when_a_longer_one_has_left(mode: str) -> None:
+    """What the longer one needed in the memory of both must not shift what comes next."""
+    model = tiny_model(module_agg=mode, module_seq_len=2)
+    tokens = some_tokens(2, 12)
+    _, short = model.extend(tokens[:1, :2], model.init_state(1))
+    _, long = model.extend(tokens[1:, :6], model.init_state(1))
+    alone = State.join([short, long]).select([0])
+    logits, _ = model.extend(tokens[:1, 2:], alone)
+    assert_equal_in_fp64(logits, model(tokens[:1])[:, 2:])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -96,7 +96,7 @@ def test_sites_that_never_ran_are_left_out_of_an_export(tmp_path: Path) -> None:
         ("model.module_seq_len=8 model.module_agg=drop", "model.module_seq_len=8: attends within"),
         ("model.module_seq_len=8 model.module_agg=stack", "model.module_seq_len=8: attends within"),
         ("model.sliding_window=8", "model.sliding_window=8: attends within a window"),
-        ("model.create_module_name=code", "model.module_names=code: has several columns"),
+        ("model.module_names=code", "model.module_names=code: has several columns"),
     ],
 )
 def test_what_hugging_face_cannot_compute_is_not_exported(

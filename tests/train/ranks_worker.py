@@ -31,10 +31,11 @@ from modular_lm.config.schema import TokenizerConfig
 from modular_lm.data.dataset import StepRows, rank_range
 from modular_lm.errors import AgreedError, DataError
 from modular_lm.eval.perplexity import Validation
+from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World, build_model, init_world
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
-from modular_lm.train.inventory import complete_steps
+from modular_lm.train.inventory import complete_steps, step_folder
 from modular_lm.train.trainer import Callbacks, Trainer
 
 SIZE = 3  # divides none of the model's widths, so that shards are uneven
@@ -133,6 +134,41 @@ def resume(world: World, folder: Path, saved_by: int) -> dict[str, Any]:
     return {**lines.told, "loaded": loaded}
 
 
+def column(world: World, folder: Path) -> dict[str, Any]:
+    """A column added to what one process trained in `ragged`, and trained; then mixed routes."""
+    lines, source = Lines(), step_folder(folder / "ragged_1" / "checkpoints", STEPS)
+    keys = ("model.create_module_name=code", f"checkpoint.init_ckpt_path={source}")
+    trainer = Trainer(
+        tiny("data.batch_size=2", *keys),
+        world,
+        RunFolder(folder / f"column_{world.size}"),
+        TOKENIZER,
+        RUNS["ragged"][0],
+        lines.callbacks(),
+    )
+    trainer.resume(0)
+    begun = state_digests(trainer)
+    trainer.run(rows(world, trainer.global_batch_size), STEPS)
+    mixed = mixed_routes(world, trainer.model)
+    return {**lines.told, "begun": begun, "state": state_digests(trainer), "mixed": mixed}
+
+
+def mixed_routes(world: World, model: LanguageModel) -> list[float]:
+    """Loss, and norm of the gradient, of one row of the base, one of the column, one of both.
+
+    On three ranks each has one row, so that columns are without a chunk on some.
+    """
+    routes = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])[world.rank :: world.size]
+    tokens = torch.randint(64, (3, T + 1), generator=torch.Generator().manual_seed(0))
+    mine = tokens[world.rank :: world.size]
+    loss = model(mine[:, :-1], mine[:, 1:], routes=routes).sum()
+    (loss * world.size).backward()  # the mean over ranks undone
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    model.zero_grad()
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return [*world.sum(loss.item()), whole.item()]
+
+
 def state_digests(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of every whole tensor of model and optimizer. A collective."""
     options = StateDictOptions(full_state_dict=True)
@@ -221,6 +257,7 @@ CHECKS: dict[str, Callable[[World, Path], Any]] = {
     "initial": initial,
     **{name: lambda world, folder, name=name: train(world, folder, name) for name in RUNS},
     "resumed": lambda world, folder: resume(world, folder, saved_by=1),
+    "column": column,
     "together": together,
     "full_disk": full_disk,
     "stop": stop,

@@ -15,6 +15,7 @@ from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import resolve
 from modular_lm.config.schema import PrepareConfig, TokenizerConfig
 from modular_lm.data.prepare import prepare_sources
+from modular_lm.model.columns import freeze
 from modular_lm.model.flops import flops_per_token
 from modular_lm.model.lm import LanguageModel
 from modular_lm.optim import build_optimizer
@@ -152,6 +153,32 @@ def test_state_memory_is_that_of_weights_gradients_and_adamw(mode: str) -> None:
     assert state * 2**20 == held
     # Sharded evenly over the workers; a worker's activations are its own.
     assert memory_estimate(config, 4) == (state / 4, memory_estimate(config, 1)[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "learning"),
+    [
+        (("model.module_train=new",), "code"),
+        (("model.module_train=all",), "code and what all share"),
+    ],
+)
+def test_columns_are_shown_and_those_that_do_not_learn_cost_only_their_weights(
+    more: tuple[str, ...], learning: str
+) -> None:
+    keys = ("model.module_seq_len=16", "model.module_agg=avg")
+    config = tiny(*keys, "model.module_names=law,code", "model.module_route=code", *more)
+    model = LanguageModel(config.model)
+    freeze(model, config.model)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = figures(describe(config, 1))
+    assert number(rows["parameters"]) == total
+    assert rows["columns"] == "base, law, code"
+    assert rows["learning"] == f"{learning}, {trained:,} parameters"
+    state, activations = memory_estimate(config, 1)
+    assert state * 2**20 == 4 * total + 12 * trained
+    assert activations == memory_estimate(tiny(*keys), 1)[1], "one column runs at a time"
+    assert "columns" not in figures(describe(tiny(*keys), 1))
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_bf16() -> None:

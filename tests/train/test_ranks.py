@@ -173,6 +173,25 @@ def test_three_ranks_resume_what_one_process_saved(
         assert losses == pytest.approx(straight[RESUMED_AT:], rel=1e-5)
 
 
+def test_three_ranks_train_a_column_as_one_process(
+    world: World, folder: Path, one: dict[str, Results], three: dict[str, list[Any]]
+) -> None:
+    alone = worker.column(world, folder)
+    losses = column(alone["metrics"], "loss/out")
+    base = {n: d for n, d in one["ragged"]["state"].items() if "/" not in n}
+    for rank in three["column"]:
+        assert column(rank["metrics"], "loss/out") == pytest.approx(losses, rel=1e-5)
+        begun, trained = rank["begun"], rank["state"]
+        assert begun == alone["begun"]
+        for name, digest in base.items():
+            assert (begun[name], trained[name]) == (digest, digest), name
+            if name.startswith("layers."):
+                assert begun[f"columns.code.{name}"] == digest
+                assert trained[f"columns.code.{name}"] != digest
+        assert {n.split("/")[0].split(".")[0] for n in trained if "/" in n} == {"columns"}
+        assert rank["mixed"] == pytest.approx(alone["mixed"], rel=1e-4)
+
+
 def test_what_fails_on_one_rank_fails_on_all_with_its_reason(three: dict[str, list[Any]]) -> None:
     expected = {
         "none": [0, 10, 20],
