@@ -1,4 +1,4 @@
-"""Files that several processes read and write: replaced as a whole, or guarded by a lock.
+"""Files and folders that appear or change as a whole, and locks between processes.
 
 What the files hold, and who may write them, is the business of their owners.
 """
@@ -10,13 +10,14 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from modular_lm.errors import RunFailedError
+from modular_lm.errors import ConfigError, RunFailedError, reason
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,68 @@ def full_disk_named(path: Path) -> Iterator[None]:
         raise RunFailedError(
             f"{path}: {error.strerror}; free some space there, then run the same command again"
         ) from error
+
+
+# ------------------------------------------------------------------ new folders
+
+
+def check_new(path: Path, key: str) -> None:
+    """Raise ConfigError, naming `key`, if anything but an empty folder is there."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise ConfigError(f"{key}={path}: is a folder with files in it; choose a new one")
+    elif path.exists():
+        raise ConfigError(f"{key}={path}: is a file already; choose a new path")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, durably, when the block ends; removed if it fails.
+
+    `path` must not exist, or be an empty folder. Raises RunFailedError where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            sync_folder(temporary)
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunFailedError, naming `path`, where the block meets an OSError.
+
+    Also where torch has made a RuntimeError of it, which says nothing of the disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        try:
+            with full_disk_named(path):
+                raise cause
+        except OSError:
+            raise RunFailedError(f"{path}: cannot be written: {reason(cause)}") from error
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ------------------------------------------------------------------ locking

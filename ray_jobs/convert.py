@@ -21,9 +21,9 @@ from modular_lm.cli import run_job
 from modular_lm.config import ConvertConfig
 from modular_lm.config.schema import SourceFormat
 from modular_lm.errors import EXIT_DONE, ConfigError
+from modular_lm.files import check_new
 from modular_lm.tokenizer import build_tokenizer
-from modular_lm.train.new_folder import check_new
-from modular_lm.train.saved_config import find_checkpoint
+from modular_lm.train.inventory import find
 
 USAGE = (
     "python -m ray_jobs.convert from=hf src=LLAMA dst=CKPT "
@@ -58,7 +58,7 @@ def _checked(config: ConvertConfig, given: dict[str, Any]) -> tuple[str, Path, P
             f"dst={config.dst}: is a folder; to=torch writes one file, e.g. model.pth"
         )
     if source == "dcp":
-        src = find_checkpoint(config.src, "src")
+        src = find(config.src, "src").resolve()
     else:
         src = Path(config.src).expanduser()
         if not config.src or not src.exists():

@@ -20,9 +20,10 @@ from modular_lm.config import ModulesConfig
 from modular_lm.config.checks import check_new_column
 from modular_lm.config.schema import ModulesAction
 from modular_lm.errors import EXIT_DONE, ConfigError
+from modular_lm.files import check_new
 from modular_lm.model.sizes import BASE, column_names
-from modular_lm.train.new_folder import check_new
-from modular_lm.train.saved_config import find_checkpoint, read_config
+from modular_lm.train.inventory import find
+from modular_lm.train.saved_config import read_config
 
 if TYPE_CHECKING:
     from modular_lm.model.lm import LanguageModel
@@ -41,7 +42,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def main(config: ModulesConfig, given: dict[str, Any]) -> int:
     """The job; returns the exit code."""
     _check_keys(config, given)
-    folder = find_checkpoint(config.ckpt, "ckpt")
+    folder = find(config.ckpt).resolve()
     _check_names(config, column_names(read_config(folder).model))  # before torch is loaded
     from modular_lm.train.checkpoint import load_for_inference, save_model
 

@@ -82,6 +82,8 @@ def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
         ("ray_jobs.train", ("torch", *HEAVY)),
         ("ray_jobs.prepare", ("torch", *HEAVY)),
         ("ray_jobs.generate", ("torch", *HEAVY)),
+        ("ray_jobs.convert", ("torch", *HEAVY)),
+        ("ray_jobs.modules", ("torch", *HEAVY)),
     ],
 )
 def test_mistakes_are_answered_before_anything_heavy_is_loaded(

@@ -52,8 +52,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
     attention: Any = _compiled_flex() if q.is_cuda else flex_attention
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    y = attention(q, k, v, block_mask=block_mask(mask, q.device), enable_gqa=gqa)
+    blocks: Any = block_mask(mask, q.device)  # pyright: ignore[reportCallIssue]
+    y = attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 

@@ -8,8 +8,10 @@ file system too: with Ray those on the driver's host (the driver itself, Ray Tra
 dataset manager), without Ray rank 0. One line is `{"time": ISO 8601 UTC, "event": kind, ...}` with
 these kinds and fields:
 
-    created         uid, name, global_batch_size, batch_size, grad_acc_steps, data (fingerprint)
-    attempt         attempt, start_step, world_size, hosts, config_changes ("key: old -> new", ...)
+    created         uid, name, global_batch_size, batch_size, grad_acc_steps, data (fingerprint),
+                    init_ckpt_path
+    attempt         attempt, start_step, world_size, hosts, config_changes ("key: old -> new", ...),
+                    init_ckpt_path (of the first)
     failure         attempt, reason
     checkpoint      step, path, bytes, seconds
     validation      step, and its results

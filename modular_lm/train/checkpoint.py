@@ -39,12 +39,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from modular_lm.config import TrainConfig, to_dict
 from modular_lm.errors import CheckpointError
-from modular_lm.files import write_text_atomic
+from modular_lm.files import new_folder, write_text_atomic
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
-from modular_lm.train.new_folder import new_folder
 from modular_lm.train.saved_config import TOKENIZER_FILE, has_one_chunk, read_config
 
 log = logging.getLogger(__name__)

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from modular_lm.errors import CheckpointError
-from modular_lm.files import replacing
+from modular_lm.files import replacing, writing
 from modular_lm.model.columns import layers_of
 from modular_lm.model.lm import LanguageModel
 from modular_lm.model.meta import load_pth
 from modular_lm.model.sizes import sizes_of
-from modular_lm.train.new_folder import writing
 
 FORMAT = "modular_lm column 1"
 DIGITS = 12

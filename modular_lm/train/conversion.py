@@ -26,14 +26,13 @@ from torch import Tensor
 from modular_lm.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
-from modular_lm.files import replacing
+from modular_lm.files import new_folder, replacing, writing
 from modular_lm.model.foreign import take_own
 from modular_lm.model.hf import config_to_hf, read_hf, state_to_hf, write_hf
 from modular_lm.model.lm import LanguageModel
 from modular_lm.model.meta import load_pth, read_meta
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train.checkpoint import load_for_inference, portable_config, save_model
-from modular_lm.train.new_folder import new_folder, writing
 from modular_lm.train.saved_config import TOKENIZER_FILE, has_one_chunk
 
 log = logging.getLogger(__name__)

@@ -41,14 +41,16 @@ def newest_step(checkpoints: Path) -> int:
     return (complete_steps(checkpoints) or [0])[-1]
 
 
-def find(path: str) -> Path:
-    """The checkpoint that `ckpt=` names: a checkpoint's folder, or a run's: then its latest.
+def find(path: str, key: str = "ckpt") -> Path:
+    """The checkpoint that the user's `key` names: its folder, or a run's: then the latest.
 
     Raises CheckpointError with what is there instead.
     """
     folder = Path(path)
     if not path or not folder.is_dir():
-        raise CheckpointError(f"ckpt={path}: no such folder; give a checkpoint or a run's dump_dir")
+        raise CheckpointError(
+            f"{key}={path}: no such folder; give a checkpoint or a run's dump_dir"
+        )
     if (folder / COMPLETE).is_file():
         return folder
     checkpoints = folder if folder.name == "checkpoints" else folder / "checkpoints"
@@ -56,9 +58,9 @@ def find(path: str) -> Path:
         return step_folder(checkpoints, step)
     if (folder / ".metadata").exists() or (folder / "params.json").exists():
         raise CheckpointError(
-            f"ckpt={path}: has no {COMPLETE} file: its save was interrupted; use an earlier one"
+            f"{key}={path}: has no {COMPLETE} file: its save was interrupted; use an earlier one"
         )
-    raise CheckpointError(f"ckpt={path}: holds no complete checkpoint")
+    raise CheckpointError(f"{key}={path}: holds no complete checkpoint")
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> None:

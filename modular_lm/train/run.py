@@ -35,8 +35,8 @@ from modular_lm.files import write_text_atomic
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
-from modular_lm.train.inventory import complete_steps, newest_step, step_folder
-from modular_lm.train.saved_config import INIT_KEY, find_checkpoint, find_initial, read_config
+from modular_lm.train.inventory import complete_steps, find, newest_step, step_folder
+from modular_lm.train.saved_config import INIT_KEY, find_initial, read_config
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _with_columns(config: TrainConfig) -> TrainConfig:
         return dataclasses.replace(config, model=model)
     names, new = [], model.create_module_name
     if initial is not None:
-        names = read_config(find_checkpoint(initial, INIT_KEY)).model.module_names
+        names = read_config(find(initial, INIT_KEY)).model.module_names
     if new in names:
         raise ConfigError(
             f"model.create_module_name={new}: {INIT_KEY}={initial} has this column already; "
@@ -106,7 +106,7 @@ def _with_initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> TrainCon
     else:
         found = Path(path).expanduser().resolve()
         with contextlib.suppress(CheckpointError):
-            found = find_checkpoint(path, INIT_KEY)
+            found = find(path, INIT_KEY).resolve()
     checkpoint = dataclasses.replace(config.checkpoint, init_ckpt_path=str(found))
     return dataclasses.replace(config, checkpoint=checkpoint)
 

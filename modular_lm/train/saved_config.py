@@ -38,14 +38,6 @@ def read_config(folder: Path) -> TrainConfig:
     return config
 
 
-def find_checkpoint(path: str, key: str) -> Path:
-    """`inventory.find` for a path that the user gave as `key`. Raises CheckpointError."""
-    try:
-        return inventory.find(path).resolve()
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace("ckpt=", f"{key}=", 1)) from error
-
-
 def has_one_chunk(config: TrainConfig) -> bool:
     """Whether a sample is one chunk, so that aggregation sites never run: a dense model."""
     length = config.model.module_seq_len
@@ -59,7 +51,7 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
     aggregation sites or its tokenizer are not this run's.
     """
     assert config.checkpoint.init_ckpt_path is not None
-    folder = find_checkpoint(config.checkpoint.init_ckpt_path, INIT_KEY)
+    folder = inventory.find(config.checkpoint.init_ckpt_path, INIT_KEY).resolve()
     saved = read_config(folder)
     differing = _differences(saved.model, config.model)
     if not has_one_chunk(saved):

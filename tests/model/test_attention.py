@@ -84,14 +84,16 @@ def test_a_window_needs_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Mask, "dense", watched)
     mask = causal(512, window=8)
-    sdpa(*random_qkv(mask, 2), mask)
+    q, k, v = random_qkv(mask, 2)
+    sdpa(q, k, v, mask)
     assert built == [8 * 16]
 
 
 def test_plain_masks_are_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Mask, "dense")
     for mask in (causal(8), causal(1, 8), everything(3, 8)):
-        sdpa(*random_qkv(mask, 2), mask)
+        q, k, v = random_qkv(mask, 2)
+        sdpa(q, k, v, mask)
 
 
 # Choosing
