@@ -29,7 +29,7 @@ Backends = Mapping[Kind, str]
 
 ANYWHERE: Backends = {}
 
-# On a GPU, where SDPA has a kernel for plain masks only: the first of these that works.
+# On a GPU SDPA has fast kernels for triangles only; for other masks the first of these that works.
 _PREFERRED = ("flex", "xformers", "sdpa")
 _PROBE_TOKENS = 256
 
@@ -79,7 +79,7 @@ def choose_backends(
     for use in _uses(config, document_mask):
         kind = use.example.kind
         if wanted == "auto":
-            candidates = ("sdpa",) if kind == "plain" else _PREFERRED
+            candidates = ("sdpa",) if kind in ("plain", "causal") else _PREFERRED
             chosen[kind] = next(
                 b for b in candidates if not _trouble(b, use, device, dtype, training)
             )

@@ -24,11 +24,17 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """PyTorch's own; without a mask in memory wherever all or the triangle is seen.
 
-    A window is cut into blocks of its own length, so that cost and memory stay linear in the number
-    of tokens. Other masks are built: [s, n], or [B, s, n] with documents.
+    Look-back is the lower part of a larger triangle. A window is cut into blocks of its own length,
+    so that cost and memory stay linear in the number of tokens. Other masks are built: [s, n], or
+    [B, s, n] with documents.
     """
     if mask.window is not None and mask.is_square and mask.window < mask.q_len:
         return _windowed(q, k, v, mask)
+    if mask.kind == "causal" and mask.q_start <= mask.q_len:
+        # Queries in front, whose results are dropped: cheaper than a kernel that takes a mask,
+        # which does not skip what is hidden.
+        q = F.pad(q, (0, 0, 0, 0, mask.q_start, 0))
+        return sdpa(q, k, v, causal(mask.k_len))[:, mask.q_start :]
     visible = None
     if not (mask.sees_all or mask.is_triangle):
         visible = mask.dense(q.device)

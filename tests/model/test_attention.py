@@ -91,7 +91,7 @@ def test_a_window_needs_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_plain_masks_are_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Mask, "dense")
-    for mask in (causal(8), causal(1, 8), everything(3, 8)):
+    for mask in (causal(8), causal(1, 8), causal(8, 12), everything(3, 8)):
         q, k, v = random_qkv(mask, 2)
         sdpa(q, k, v, mask)
 

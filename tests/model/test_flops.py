@@ -116,14 +116,15 @@ def test_torch_counts_the_same_but_for_the_masked_half(
     ],
 )
 def test_torch_counts_the_same_for_borders_and_windows(keys: dict[str, Any]) -> None:
-    """But for masked pairs: chunks but the first also hold `look-back x chunk` keys, a window is
-    computed in blocks of its length that see the block before."""
+    """But for masked pairs: chunks but the first are computed as squares of chunk + look-back, a
+    window in blocks of its length that see the block before."""
     seq_len, batch = 24, 2
     model = tiny_model(torch.float32, n_layers=3, module_n_layers=1, **keys)
     z, window = sizes_of(model.config), model.config.sliding_window
     block = window or keys["module_seq_len"]
-    n_blocks, back = -(-seq_len // block), window or keys["module_lookback"]
-    computed = block * (n_blocks * block + (n_blocks - 1) * back)
+    n_blocks = -(-seq_len // block)
+    of_others = 2 * block**2 if window else (block + keys["module_lookback"]) ** 2
+    computed = block**2 + (n_blocks - 1) * of_others
     local, _ = attention_pairs(model.config, seq_len)
     masked = z.n_layers * z.attn_dim * (computed - local)
     expected = flops_per_token(model.config, seq_len) * seq_len + 12 * masked
