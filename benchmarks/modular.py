@@ -23,7 +23,7 @@ import torch
 from benchmarks._runs import print_table, run_benchmark
 from modular_lm.config.checks import resolve_model
 from modular_lm.config.schema import Dtype, ModelConfig, key
-from modular_lm.model.attention import choose_backends, use_backends
+from modular_lm.model.attention import choose_backends
 from modular_lm.model.flops import flops_per_token
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
@@ -76,10 +76,14 @@ class Pass:
         self._device, dtype = torch.device(options.device), DTYPES[options.dtype]
         self._model = LanguageModel(self.config).to(self._device, dtype)
         init_weights(self._model, seed=0)
-        backends = choose_backends(
-            "auto", self.config, document_mask=False, device=self._device, dtype=dtype
+        self._model.backends = choose_backends(
+            "auto",
+            self.config,
+            seq_len=length,
+            document_mask=False,
+            device=self._device,
+            dtype=dtype,
         )
-        use_backends(self._model, backends)
         if options.compile:
             for unit in [*self._model.layers, *self._model.aggs]:
                 unit.compile()

@@ -1,7 +1,8 @@
 """Spreading a model over processes: process group, device mesh, FSDP2, compile.
 
-Applied to models that know nothing of it: a model only names its units of sharding (`layers`,
-`aggs`). One path serves every size: a single process is a world of one.
+Applied to models that know nothing of it: a model only names its units of sharding (the layers of
+each column, `aggs`). What learns, and who computes attention, is set here too, since both depend on
+the run. One path serves every size: a single process is a world of one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modular_lm.config.schema import DistributedConfig, TrainConfig
 from modular_lm.errors import EXIT_FAILED, AgreedError, UserFacingError, reason
-from modular_lm.model.attention import choose_backends, use_backends
+from modular_lm.model.attention import choose_backends
 from modular_lm.model.columns import freeze, layers_of
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
@@ -123,17 +124,17 @@ def build_model(config: TrainConfig, world: World) -> LanguageModel:
         # With one chunk a sample no aggregation runs: such weights get no gradients, and the
         # optimizer must not wait for any.
         model.aggs.requires_grad_(False)
-    (backends, *_) = world.together(
+    (model.backends, *_) = world.together(
         lambda: choose_backends(
             config.distributed.attn_impl,
             config.model,
+            seq_len=config.data.seq_len,
             document_mask=config.data.document_mask,
             device=world.device,
             dtype=DTYPES[config.distributed.model_dtype],
         ),
         "attention",
     )
-    use_backends(model, backends)
     shard(model, config.distributed, world.mesh)
     model.to_empty(device=world.device)
     init_weights(model, config.seed)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from modular_lm.config.schema import ModelConfig, Pool
 from modular_lm.model import masks
-from modular_lm.model.attention import ANYWHERE, Backends, attend
+from modular_lm.model.attention import ReadyMask, attend, memory_mask
 from modular_lm.model.layers import (
     ZEROS,
     Initial,
@@ -37,7 +37,7 @@ from modular_lm.model.layers import (
     normal,
     precise,
 )
-from modular_lm.model.masks import EVERY, Mask
+from modular_lm.model.masks import EVERY
 from modular_lm.model.sizes import n_sites, sizes_of
 from modular_lm.model.summaries import pool_chunks, pool_piece, running_sums, summary_documents
 
@@ -58,10 +58,12 @@ class WeightedSum(nn.Module):
     def initial_weights(self) -> dict[str, Initial]:
         return {"wo.weight": ZEROS}
 
-    def forward(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, documents: Tensor | None = None, mask: ReadyMask | None = None
+    ) -> Tensor:
         """h: [B, K, S, D], before the site; returns it with what each token reads added.
 
-        documents: [B, K, S].
+        documents: [B, K, S]; mask: not needed here.
         """
         summaries = self.norm(pool_chunks(h, self.n_summary, self.pool, documents))
         if documents is None:
@@ -110,7 +112,6 @@ class MemoryAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backends: Backends = ANYWHERE
         sizes = sizes_of(config)
         dim, width = sizes.dim, sizes.agg_dim
         self.n_heads = sizes.n_heads
@@ -126,21 +127,21 @@ class MemoryAttention(nn.Module):
         start = normal(self.config, self.config.dim)
         return {"wq.weight": start, "wk.weight": start, "wv.weight": start, "wo.weight": ZEROS}
 
-    def forward(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, documents: Tensor | None = None, mask: ReadyMask | None = None
+    ) -> Tensor:
         """h: [B, K, S, D], before the site; returns it with what each token reads added.
 
-        documents: [B, K, S].
+        documents: [B, K, S]; mask: `memory_mask`, where all sites share one.
         """
-        n_chunks, length = h.shape[1:3]
+        batch, n_chunks, length = h.shape[:3]
+        if mask is None:
+            rule = memory_mask(self.config, n_chunks, length, documents)
+            mask = ReadyMask(rule, batch, h.device)
         m = self.config.module_n_summary
         pooled = pool_chunks(h, m, self.config.module_pool, documents).flatten(1, 2)
         numbers = torch.arange(m * n_chunks, device=h.device)
         keys, values = self._keys_values(pooled, numbers, h.dtype)
-        q_docs = k_docs = None
-        if documents is not None:
-            q_docs = documents.flatten(1)
-            k_docs = F.pad(summary_documents(documents, m).flatten(1), (1, 0), value=EVERY)
-        mask = masks.memory(n_chunks * length, length, n_chunks, m, q_docs=q_docs, k_docs=k_docs)
         here = m * torch.arange(n_chunks, device=h.device)[:, None]  # [K, 1]: the same for S tokens
         return h + self._attend(h, here, keys, values, mask)
 
@@ -160,7 +161,8 @@ class MemoryAttention(nn.Module):
             q_docs = torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)
         mask = masks.everything(h.shape[1], n_slots, q_docs=q_docs, k_docs=k_docs)
         keys, values = memory
-        return h + self._attend(h, m * n_chunks, keys, values, mask)
+        ready = ReadyMask(mask, len(h), h.device)
+        return h + self._attend(h, m * n_chunks, keys, values, ready)
 
     def write(
         self, memory: Memory, pooled: Tensor, chunks: Sequence[int], rows: Sequence[int]
@@ -188,12 +190,14 @@ class MemoryAttention(nn.Module):
         k, v = (w(s).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
         return self._turn(k, numbers), v
 
-    def _attend(self, h: Tensor, here: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    def _attend(
+        self, h: Tensor, here: Tensor, keys: Tensor, values: Tensor, mask: ReadyMask
+    ) -> Tensor:
         """h: [B, ..., D]; here: the number of the first summary of each token's own chunk."""
         q = self.wq(self.query_norm(h)).unflatten(-1, (-1, self.head_dim))
         q = self._turn(q, here).flatten(1, -3)
         keys, values = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (keys, values))
-        y = attend(q, keys, values, mask, self.backends)
+        y = attend(q, keys, values, mask)
         return self.wo(y.flatten(-2)).view_as(h)
 
     def _turn(self, x: Tensor, numbers: Tensor) -> Tensor:

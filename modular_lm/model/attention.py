@@ -1,26 +1,27 @@
 """Attention as a function of queries, keys, values and a mask, by the backend that suits best.
 
-`attend` is all that the layers know. Which backend computes which kind of mask is decided once, by
-`choose_backends`, for a device and a type; without that decision it is PyTorch's SDPA, which
-computes every mask everywhere. Knows no parameters.
+`attend` is all that the layers know; the mask that it takes is made ready once for all layers.
+Which backend computes which kind of mask is decided once, by `choose_backends`, for a device and a
+type; without that decision it is PyTorch's SDPA, which computes every mask everywhere. Knows no
+parameters.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from modular_lm.config.schema import ModelConfig
 from modular_lm.errors import ConfigError, reason
 from modular_lm.model import masks
-from modular_lm.model.kernels import BACKENDS, sdpa
-from modular_lm.model.masks import Kind, Mask
-from modular_lm.model.sizes import sizes_of
+from modular_lm.model.kernels import BACKENDS, border_masks
+from modular_lm.model.masks import EVERY, Kind, Mask
+from modular_lm.model.sizes import n_sites, sizes_of
+from modular_lm.model.summaries import summary_documents
 
 log = logging.getLogger(__name__)
 
@@ -31,66 +32,90 @@ ANYWHERE: Backends = {}
 
 # On a GPU SDPA has fast kernels for triangles only; for other masks the first of these that works.
 _PREFERRED = ("flex", "xformers", "sdpa")
-_PROBE_TOKENS = 256
+_PROBE_CHUNK = 64
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backends: Backends = ANYWHERE) -> Tensor:
+class ReadyMask:
+    """A mask for `rows` rows, with the backend that computes it and what that takes of it.
+
+    Neither a dataclass nor a tuple: into those FSDP reaches to cast a layer's inputs to bf16.
+    """
+
+    def __init__(
+        self, mask: Mask, rows: int, device: torch.device, backends: Backends = ANYWHERE
+    ) -> None:
+        self.mask = mask
+        self.backend = backends.get(mask.kind, "sdpa")
+        self._device, self._backends = device, backends
+        self.form = BACKENDS[self.backend].form(mask, rows, device)
+
+    def select(self, rows: Tensor) -> ReadyMask:
+        """For these rows of the batch."""
+        return ReadyMask(self.mask.select(rows), len(rows), self._device, self._backends)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: ReadyMask) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the keys that `mask` lets each query see.
 
     q: [B, s, n_heads, d]; k, v: [B, n, n_kv_heads, d]; returns [B, s, n_heads, d]. Each query
     must see at least one key.
     """
-    return BACKENDS[backends.get(mask.kind, "sdpa")](q, k, v, mask)
+    return BACKENDS[mask.backend].attend(q, k, v, mask.mask, mask.form)
 
 
-def use_backends(model: nn.Module, backends: Backends) -> None:
-    """Let all attention in `model` compute by `backends`."""
-    for module in model.modules():
-        if hasattr(module, "backends"):
-            module.backends = backends  # type: ignore[assignment]
+def memory_mask(config: ModelConfig, n_chunks: int, length: int, documents: Tensor | None) -> Mask:
+    """What the tokens of whole sequences see of their summaries, at any site of `stack`.
+
+    documents: [B, K, S]
+    """
+    m = config.module_n_summary
+    if documents is None:
+        return masks.memory(n_chunks * length, length, n_chunks, m)
+    k_docs = F.pad(summary_documents(documents, m).flatten(1), (1, 0), value=EVERY)
+    return masks.memory(
+        n_chunks * length, length, n_chunks, m, q_docs=documents.flatten(1), k_docs=k_docs
+    )
 
 
-@dataclass(frozen=True)
-class Use:
-    """A kind of mask that a model needs: an example, and the heads (queries, keys, width)."""
-
-    example: Mask
-    heads: tuple[int, int, int]
+# ------------------------------------------------------------------ choosing
 
 
 def choose_backends(
     wanted: str,
     config: ModelConfig,
     *,
+    seq_len: int,
     document_mask: bool,
     device: torch.device,
     dtype: torch.dtype,
     training: bool = True,
 ) -> Backends:
-    """The backend of every kind of mask that the model meets, each proven by a trial where it is
-    not SDPA: a forward (and backward) pass of a few tokens, compared with the dense mask.
+    """The backend of every kind of mask that the model meets on samples of `seq_len` tokens.
 
-    wanted: `auto` (the best that works) or one backend for all. Raises ConfigError if that one
-    cannot do it here.
+    Any but SDPA is proven by a trial: a forward (and backward) pass of a few tokens with each mask
+    of that kind, compared with SDPA's. wanted: `auto` (the first of a fixed order that works) or
+    one backend for all. Raises ConfigError if that one cannot do it here.
     """
     if device.type == "cpu" and wanted == "auto":
         return ANYWHERE
+    examples: dict[Kind, list[Example]] = {}
+    for example in _examples(config, seq_len, document_mask):
+        examples.setdefault(example[0].kind, []).append(example)
     chosen: dict[Kind, str] = {}
-    for use in _uses(config, document_mask):
-        kind = use.example.kind
+    for kind, of_kind in examples.items():
+        candidates = (wanted,)
         if wanted == "auto":
             candidates = ("sdpa",) if kind in ("plain", "causal") else _PREFERRED
-            chosen[kind] = next(
-                b for b in candidates if not _trouble(b, use, device, dtype, training)
-            )
-            continue
-        trouble = _trouble(wanted, use, device, dtype, training)
-        if trouble:
+        for name in candidates:
+            trouble = _trouble(name, of_kind, device, dtype, training)
+            if not trouble:
+                chosen[kind] = name
+                break
+        else:
             raise ConfigError(
                 f"distributed.attn_impl={wanted}: {trouble} ({_WORDS[kind]}, {device.type}, "
                 f"{str(dtype).removeprefix('torch.')}); use auto"
             )
-        chosen[kind] = wanted
     log.info("attention: %s", ", ".join(f"{_WORDS[k]} by {b}" for k, b in chosen.items()))
     return chosen
 
@@ -103,40 +128,52 @@ _WORDS: dict[Kind, str] = {
     "memory": "memory attention of module_agg=stack",
 }
 
+Example = tuple[Mask, tuple[int, int, int]]
+"""A mask that training meets, and the heads that it is for: of queries, of keys, their width."""
 
-def _uses(config: ModelConfig, document_mask: bool) -> list[Use]:
-    """One for each kind of mask that training this model meets."""
-    z, n = sizes_of(config), _PROBE_TOKENS
+
+def _examples(config: ModelConfig, seq_len: int, document_mask: bool) -> Iterator[Example]:
+    """One of each form, made as `modular` makes them, of a few short chunks."""
+    z, chunk, n_chunks = sizes_of(config), _PROBE_CHUNK * config.module_n_summary, 4
     heads = (z.n_heads, z.n_kv_heads, z.head_dim)
-    examples = [masks.causal(n)]
-    if config.module_lookback:
-        examples.append(masks.causal(n, n + n // 2))
-    if config.sliding_window is not None:
-        examples.append(masks.causal(n, window=n // 4))
+    chunked = config.module_seq_len is not None and config.module_seq_len < seq_len
+    documents = None
     if document_mask:
-        halves = torch.arange(n).div(n // 2, rounding_mode="floor")
-        examples.append(masks.causal(n, q_docs=halves.expand(2, n)))
-    uses = [Use(example, heads) for example in examples]
-    if config.module_agg == "stack" and config.module_seq_len is not None:
-        example = masks.memory(n, n // 8, 8, config.module_n_summary)
-        uses.append(Use(example, (z.n_heads, z.n_heads, z.agg_dim // z.n_heads)))
-    return uses
+        # Borders within and between the chunks of two samples.
+        place = torch.arange(n_chunks * chunk)
+        documents = torch.stack((place // (chunk + 7), place // (2 * chunk - 5)))
+        documents = documents.unflatten(1, (n_chunks, chunk))
+    if chunked and config.module_lookback:
+        lookback = max(1, chunk * config.module_lookback // (config.module_seq_len or chunk))
+        for mask in border_masks(chunk, lookback, documents):
+            yield mask, heads
+    else:
+        window = None if config.sliding_window is None else chunk // 3
+        of_rows = None if documents is None else documents.flatten(0, 1)
+        yield masks.causal(chunk, window=window, q_docs=of_rows), heads
+    if chunked and config.module_agg == "stack" and n_sites(config):
+        width = z.agg_dim // z.n_heads
+        yield memory_mask(config, n_chunks, chunk, documents), (z.n_heads, z.n_heads, width)
 
 
 def _trouble(
-    name: str, use: Use, device: torch.device, dtype: torch.dtype, training: bool
+    name: str,
+    examples: Sequence[Example],
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
 ) -> str | None:
-    """Why a backend cannot be used; None if it can."""
+    """Why a backend cannot be used for these masks; None if it can."""
     if name == "sdpa":
         return None
     if name == "xformers" and device.type == "cpu":
         return "xformers has kernels for GPUs only"
-    if name == "xformers" and use.example.kind == "memory":
+    if name == "xformers" and any(mask.kind == "memory" for mask, _ in examples):
         return "xformers has no kernel that reads summaries"
     if name == "flex" and device.type == "cpu" and training:
         return "flex_attention has no backward pass on the CPU"
     try:
-        error = _try(name, use, device, dtype, training)
+        error = max(_try(name, example, device, dtype, training) for example in examples)
     except Exception as caught:  # whatever a foreign kernel throws, it means: not here
         log.debug("%s", name, exc_info=True)
         return f"{name} does not work here: {reason(caught)}"
@@ -144,27 +181,25 @@ def _trouble(
     return None if error <= allowed else f"{name} computes something else (off by {error:.2g})"
 
 
-def _try(name: str, use: Use, device: torch.device, dtype: torch.dtype, training: bool) -> float:
+def _try(
+    name: str, example: Example, device: torch.device, dtype: torch.dtype, training: bool
+) -> float:
     """The largest difference to SDPA over outputs and gradients, relative to the largest value."""
-    mask, (n_heads, n_kv_heads, width) = use.example, use.heads
-    if mask.q_docs is not None and mask.k_docs is not None:
-        mask = masks.causal(mask.q_len, q_docs=mask.q_docs.to(device))
+    mask, (n_heads, n_kv_heads, width) = example
+    rows = 2 if mask.q_docs is None else len(mask.q_docs)
     generator = torch.Generator("cpu").manual_seed(0)
-    shapes = ((2, mask.q_len, n_heads, width), *[(2, mask.k_len, n_kv_heads, width)] * 2)
+    shapes = ((rows, mask.q_len, n_heads, width), *[(rows, mask.k_len, n_kv_heads, width)] * 2)
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
 
-    def results(kernel: Callable[..., Tensor]) -> list[Tensor]:
-        leaves = [x.to(device, dtype).requires_grad_(training) for x in inputs]
-        y = kernel(*leaves, mask)
+    def results(backend: str) -> list[Tensor]:
+        q, k, v = leaves = [x.to(device, dtype).requires_grad_(training) for x in inputs]
+        y = attend(q, k, v, ReadyMask(mask.to(device), rows, device, {mask.kind: backend}))
         if not training:
             return [y]
         return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
 
     with torch.inference_mode(False), torch.set_grad_enabled(training):
-        found, expected = results(BACKENDS[name]), results(sdpa)
-    errors = [
-        (a.float() - b.float()).abs().max() / b.float().abs().max()
-        for a, b in zip(found, expected, strict=True)
-    ]
+        pairs = zip(results(name), results("sdpa"), strict=True)
+        errors = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in pairs]
     worst = torch.stack(errors).max().item()
-    return cast("float", worst if worst == worst else float("inf"))
+    return worst if worst == worst else float("inf")

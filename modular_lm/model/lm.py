@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modular_lm.config.schema import ModelConfig
 from modular_lm.model.aggregation import make_sites
+from modular_lm.model.attention import ANYWHERE, Backends
 from modular_lm.model.block import Block
 from modular_lm.model.columns import Column, default_route, layers_of
 from modular_lm.model.layers import Initial, RMSNorm, linear, normal, precise
@@ -34,6 +35,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.backends: Backends = ANYWHERE
+        """Who computes attention over whole sequences; see `attention.choose_backends`."""
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.columns = nn.ModuleDict({name: Column(config) for name in config.module_names})
@@ -108,7 +111,7 @@ class LanguageModel(nn.Module):
         config = self.config
         number = default_route(config) if route is None else column_number(config, route)
         columns = tuple(layers_of(self, name) for name in self.column_names)
-        return Body(config, columns, self.aggs, number)
+        return Body(config, columns, self.aggs, number, self.backends)
 
     def _logits(self, h: Tensor) -> Tensor:
         head = self.tok_embeddings if self.output is None else self.output

@@ -7,12 +7,14 @@ j at `(k_start + j) // k_per`, and
 
 Causal attention, a sliding window, the look-back over a chunk's border, tokens that read the
 summaries of earlier chunks, and packed documents are all of this form. Kernels (`attention`) ask
-the rule what they can make use of; `dense` is the truth that tests hold them against.
+the rule what they can make use of, and make what they need of it once for all layers; `dense` is
+the truth that tests hold them against.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,13 +97,15 @@ class Mask:
 
     def select(self, rows: Tensor) -> Mask:
         """For these rows of the batch."""
+        return self._map(lambda documents: documents[rows])
+
+    def to(self, device: torch.device) -> Mask:
+        return self._map(lambda documents: documents.to(device))
+
+    def _map(self, act: Callable[[Tensor], Tensor]) -> Mask:
         if self.q_docs is None or self.k_docs is None:
             return self
-        return dataclasses.replace(self, q_docs=self.q_docs[rows], k_docs=self.k_docs[rows])
-
-    def without_documents(self) -> Mask:
-        """The same rule, a plain value that can be a key of a dict."""
-        return dataclasses.replace(self, q_docs=None, k_docs=None)
+        return dataclasses.replace(self, q_docs=act(self.q_docs), k_docs=act(self.k_docs))
 
     def _q_place(self, i: int) -> int:
         return (self.q_start + i) // self.q_per

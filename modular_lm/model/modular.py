@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modular_lm.config.schema import ModelConfig
 from modular_lm.model.aggregation import Aggregation, SiteState, advance, empty_site
+from modular_lm.model.attention import Backends, ReadyMask, memory_mask
 from modular_lm.model.block import Block
 from modular_lm.model.columns import run_columns
 from modular_lm.model.kernels import border_masks
@@ -65,13 +66,15 @@ class State:
 class Body:
     """The layers and sites of a model, with the config that arranges them; owns no parameters.
 
-    columns: the layers of each column, the base first; route: the number of the one to run
+    columns: the layers of each column, the base first; route: the number of the one to run;
+    backends: who computes attention over whole sequences (decoding is SDPA's)
     """
 
     config: ModelConfig
     columns: tuple[nn.ModuleList, ...]
     aggs: nn.ModuleList
     route: int
+    backends: Backends
 
     def run_chunks(
         self, h: Tensor, documents: Tensor | None = None, routes: Tensor | None = None
@@ -93,11 +96,12 @@ class Body:
         if documents is not None:
             documents = documents.unflatten(1, (n_chunks, length))
         segments = self._whole_chunks(n_chunks, length, h, documents)
+        memory = self._memory_mask(n_chunks, length, h, documents)
         h = h.unflatten(1, (n_chunks, length)).flatten(0, 1)
         for number, module in enumerate(sizes_of(self.config).modules):
             if number > 0 and n_chunks > 1 and len(self.aggs):
                 chunks = h.unflatten(0, (batch, n_chunks))
-                h = self.aggs[number - 1](chunks, documents).flatten(0, 1)
+                h = self.aggs[number - 1](chunks, documents, memory).flatten(0, 1)
             h = self._run_module(module, h, segments, routes)
         return h.unflatten(0, (batch, n_chunks)).flatten(1, 2)[:, :total]
 
@@ -136,10 +140,11 @@ class Body:
         starts = [t % length if length else t for t in state.t]
         caches, sites = list(state.layers), list(state.sites)
         if length and 0 in starts and any(state.t):
-            begins = [start == 0 for start in starts]
+            begins, back = [start == 0 for start in starts], self._back(h)
             pairs = zip(self._layers, caches, strict=True)
-            caches = [block.attention.restart(cache, begins) for block, cache in pairs]
-        segments = Segments(self._rope(starts, h))
+            caches = [block.attention.restart(cache, begins, back) for block, cache in pairs]
+        mask = self._layers[0].attention.next_mask(caches[0], h.shape[1])
+        segments = Segments(self._rope(starts, h), ReadyMask(mask, len(h), h.device))
         for number, module in enumerate(sizes_of(self.config).modules):
             if number > 0 and sites:
                 agg = cast("Aggregation", self.aggs[number - 1])
@@ -167,14 +172,33 @@ class Body:
         self, n_chunks: int, length: int, like: Tensor, documents: Tensor | None
     ) -> Segments:
         """documents: [B, K, S]"""
-        rope = self._rope([0], like, length)
+        rope, batch = self._rope([0], like, length), len(like)
         lookback = self.config.module_lookback
         if n_chunks > 1 and lookback:
-            mask, border = border_masks(length, lookback, documents)
-            return Segments(rope, mask, n_chunks, border)
+            first, others = border_masks(length, lookback, documents)
+            mask = ReadyMask(first, batch, like.device, self.backends)
+            border = ReadyMask(others, batch * (n_chunks - 1), like.device, self.backends)
+            return Segments(rope, mask, n_chunks, border, self._back(like))
         rows = None if documents is None else documents.flatten(0, 1)
-        mask = causal(length, window=self.config.sliding_window, q_docs=rows)
+        rule = causal(length, window=self.config.sliding_window, q_docs=rows)
+        mask = ReadyMask(rule, batch * n_chunks, like.device, self.backends)
         return Segments(rope, mask, n_chunks)
+
+    def _memory_mask(
+        self, n_chunks: int, length: int, like: Tensor, documents: Tensor | None
+    ) -> ReadyMask | None:
+        if n_chunks == 1 or not len(self.aggs) or self.config.module_agg != "stack":
+            return None
+        rule = memory_mask(self.config, n_chunks, length, documents)
+        return ReadyMask(rule, len(like), like.device, self.backends)
+
+    def _back(self, like: Tensor) -> Rope | None:
+        """The rotation of keys that the next chunk looks back at; None without look-back."""
+        length, z = self.config.module_seq_len, sizes_of(self.config)
+        if not self.config.module_lookback or length is None:
+            return None
+        position = torch.full((1,), -length, device=like.device)
+        return make_rope(position, z.head_dim, self.config.rope_theta, like.dtype)
 
     def _rope(self, starts: Sequence[int], like: Tensor, length: int | None = None) -> Rope:
         """At the positions from `starts` on, one for all rows if they agree."""

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from modular_lm.config.checks import resolve_model
 from modular_lm.config.schema import ModelConfig
 from modular_lm.model import lm
+from modular_lm.model.attention import ReadyMask
 from modular_lm.model.layers import make_rope
 from modular_lm.model.lm import IGNORE, LanguageModel
+from modular_lm.model.masks import causal
 from modular_lm.model.mixers import Segments
 
 from .tiny_models import MODES, READING_MODES, VOCAB, some_tokens, tiny_config, tiny_model
@@ -199,8 +201,10 @@ def test_fsdp_does_not_cast_the_rotations_in_segments() -> None:
     from torch.distributed.utils import _apply_to_tensors
 
     rope = make_rope(torch.arange(4), 8, 10000.0, torch.float32)
-    cast = _apply_to_tensors(lambda x: x.bfloat16(), Segments(rope))
-    assert cast.rope.cos.dtype == cast.rope.sin.dtype == torch.float32
+    mask = ReadyMask(causal(4, 6), 1, torch.device("cpu"))
+    cast = _apply_to_tensors(lambda x: x.bfloat16(), Segments(rope, mask, back=rope))
+    for kept in (cast.rope, cast.back):
+        assert kept.cos.dtype == kept.sin.dtype == torch.float32
 
 
 def test_a_model_is_built_on_meta_with_its_parameters_only() -> None:

@@ -7,8 +7,9 @@ A mixer is an `nn.Module` built from a resolved `ModelConfig`, with
   left behind of the same rows, and the new one is returned: a value, the old one stays valid. With
   None the rows begin here and no state is kept (training).
 - `empty_state(batch_size, dtype, device) -> state`: the state before the first token;
-  `restart(state, begins)`: what is left of it for the rows b with `begins[b]`, at the start of a
-  new segment. A state can `select(rows)`, and `join(states)` puts rows together.
+  `restart(state, begins, back)`: what is left of it for the rows b with `begins[b]`, at the start
+  of a new segment (`back`: see `Segments`); `next_mask(state, length)`: what the next tokens see of
+  it, the same in all layers. A state can `select(rows)`, and `join(states)` puts rows together.
 - `initial_weights()`, see `layers`.
 """
 

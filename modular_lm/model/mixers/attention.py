@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modular_lm.config.schema import ModelConfig
-from modular_lm.model.attention import ANYWHERE, Backends, attend
+from modular_lm.model.attention import attend
 from modular_lm.model.kernels import with_border
-from modular_lm.model.layers import Initial, apply_rope, linear, make_rope, normal
+from modular_lm.model.layers import Initial, Rope, apply_rope, linear, normal
 from modular_lm.model.masks import Mask, causal
 from modular_lm.model.mixers.segments import Segments
 from modular_lm.model.sizes import sizes_of
@@ -59,11 +60,11 @@ class KVCache:
         return KVCache(stack([c.k for c in caches]), stack([c.v for c in caches]), lengths)
 
     def mask(self, q_len: int, window: int | None) -> Mask:
-        """What the newest `q_len` tokens see of all that is held."""
-        n, device = self.k.shape[1], self.k.device
-        if min(self.lengths) == n:
+        """What the next `q_len` tokens will see of all that is held, themselves included."""
+        n, device = self.k.shape[1] + q_len, self.k.device
+        if min(self.lengths) == n - q_len:
             return causal(q_len, n, window=window)
-        missing = n - torch.tensor(self.lengths, device=device)[:, None]
+        missing = n - q_len - torch.tensor(self.lengths, device=device)[:, None]
         # What a row does not hold is to it a document of its own.
         absent = (torch.arange(n, device=device) < missing).long()
         return causal(q_len, n, window=window, q_docs=absent[:, n - q_len :], k_docs=absent)
@@ -79,7 +80,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backends: Backends = ANYWHERE
         sizes = sizes_of(config)
         self.head_dim = sizes.head_dim
         self.n_kv_heads = sizes.n_kv_heads
@@ -98,16 +98,19 @@ class Attention(nn.Module):
         empty = torch.empty(shape, dtype=dtype, device=device)
         return KVCache(empty, empty, (0,) * batch_size)
 
-    def restart(self, state: KVCache, begins: Sequence[bool]) -> KVCache:
+    def restart(self, state: KVCache, begins: Sequence[bool], back: Rope | None) -> KVCache:
         kept = self.config.module_lookback
         state = state.newest([kept if b else n for b, n in zip(begins, state.lengths, strict=True)])
-        if not kept:
+        if back is None:
             return state
-        turned = self._before_the_border(state.k)
+        turned = apply_rope(state.k, back)
         if not all(begins):
             rows = torch.tensor(begins, device=turned.device)
             turned = torch.where(rows[:, None, None, None], turned, state.k)
         return KVCache(turned, state.v, state.lengths)
+
+    def next_mask(self, state: KVCache, length: int) -> Mask:
+        return state.mask(length, self.config.sliding_window)
 
     def forward(
         self, x: Tensor, segments: Segments, state: KVCache | None
@@ -116,32 +119,22 @@ class Attention(nn.Module):
         q, k = apply_rope(q, segments.rope), apply_rope(k, segments.rope)
         if state is not None:
             state = state.append(k, v)
-            mask = state.mask(x.shape[1], self.config.sliding_window)
-            y = attend(q, state.k, state.v, mask, self.backends)
+            y = attend(q, state.k, state.v, segments.mask)
             if self.config.sliding_window is not None:
                 state = state.newest([self.config.sliding_window - 1] * len(state.lengths))
         elif segments.border is not None:
             y = self._attend_over_borders(q, k, v, segments)
         else:
-            assert segments.mask is not None
-            y = attend(q, k, v, segments.mask, self.backends)
+            y = attend(q, k, v, segments.mask)
         return self.wo(y.flatten(-2)), state
 
     def _attend_over_borders(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v: [B * K, S, heads, d], each row a chunk."""
-        assert segments.mask is not None
         assert segments.border is not None
+        assert segments.back is not None
         q, k, v = (x.unflatten(0, (-1, segments.n_chunks)) for x in (q, k, v))
         last = slice(k.shape[2] - self.config.module_lookback, None)
-        before = (self._before_the_border(k[:, :-1, last]), v[:, :-1, last])
-        y = with_border(q, k, v, before, (segments.mask, segments.border), self._attend)
-        return y.flatten(0, 1)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        return attend(q, k, v, mask, self.backends)
-
-    def _before_the_border(self, k: Tensor) -> Tensor:
-        """Keys of a chunk as the next one sees them: turned back by a chunk's length."""
-        assert self.config.module_seq_len is not None
-        back = torch.tensor([-self.config.module_seq_len], device=k.device)
-        return apply_rope(k, make_rope(back, self.head_dim, self.config.rope_theta, k.dtype))
+        before = (apply_rope(k[:, :-1, last], segments.back), v[:, :-1, last])
+        first = functools.partial(attend, mask=segments.mask)
+        others = functools.partial(attend, mask=segments.border)
+        return with_border(q, k, v, before, first, others).flatten(0, 1)
