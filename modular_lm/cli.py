@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ def run_job(
     if any(a in ("-h", "--help", "help") for a in args):
         print(format_help(cls, what, usage))
         sys.exit(0)
+    # As Ctrl-C, so that what is half-written is cleared away; training sets its own handlers.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = job(*load_config(cls, args))
     except UserFacingError as error:

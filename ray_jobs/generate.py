@@ -27,6 +27,8 @@ def main(config: GenerateConfig, given: dict[str, Any]) -> int:
     if config.modules and config.route != "auto":
         raise ConfigError(f"modules={','.join(config.modules)}: is for route=auto")
     out = Path(config.out) if config.out else None
+    if out is not None and out.is_dir():
+        raise ConfigError(f"out={config.out}: is a folder; name a file")
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"out={config.out}: there is no folder {out.absolute().parent}")
     from modular_lm.generate import generate

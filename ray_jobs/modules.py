@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from modular_lm.cli import run_job
 from modular_lm.config import ModulesConfig
-from modular_lm.config.checks import check_new_column
+from modular_lm.config.columns import check_new_column
 from modular_lm.config.schema import ModulesAction
 from modular_lm.errors import EXIT_DONE, ConfigError
 from modular_lm.files import check_new

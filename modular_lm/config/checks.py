@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Sequence
 from typing import Any
 
+from modular_lm.config.columns import resolve_columns
 from modular_lm.config.load import to_dict
 from modular_lm.config.schema import ModelConfig, TrainConfig
 from modular_lm.errors import ConfigError
@@ -25,8 +24,6 @@ FIXED = (
     "data.tokenizer.name",
     "data.document_mask",
 )
-_COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_RESERVED = ("base", "auto")
 # Say how a command ends or what it prints, not what it computes.
 _TRANSIENT = ("dry_run", "stop_at")
 
@@ -80,49 +77,9 @@ def resolve_model(model: ModelConfig, seq_len: int, vocab_size: int) -> ModelCon
         module_agg_dim=model.module_agg_dim or max(1, model.dim // 4),
         module_sum_scale=model.module_sum_scale or 1.0 / per_sample,
     )
-    resolved = _resolve_columns(resolved)
+    resolved = resolve_columns(resolved)
     _check_model(resolved)
     return resolved
-
-
-def _resolve_columns(m: ModelConfig) -> ModelConfig:
-    """With the new column among the names, and the route and what is trained filled in."""
-    new, names = m.create_module_name, list(m.module_names)
-    if new is not None and new not in names:
-        names.append(new)
-    for i, name in enumerate(names):
-        key = "create_module_name" if name == new else "module_names"
-        check_new_column(name, names[:i], f"model.{key}")
-    route = m.module_route or new or "base"
-    if route == "auto":
-        raise ConfigError(
-            "model.module_route=auto: training runs all chunks through one column; name it, and "
-            "route by evidence (route=auto) when generating"
-        )
-    if route not in ("base", *names):
-        raise ConfigError(
-            f"model.module_route={route}: expected a column: {', '.join(['base', *names])}"
-        )
-    if new is not None and route != new:
-        raise ConfigError(
-            f"model.module_route={route}: the new column is trained, "
-            f"model.create_module_name={new}; leave the route out"
-        )
-    train = m.module_train or ("all" if route == "base" else "new")
-    return dataclasses.replace(m, module_names=names, module_route=route, module_train=train)
-
-
-def check_new_column(name: str, taken: Sequence[str], key: str) -> None:
-    """Raise ConfigError, naming `key`, unless a column can be called so beside those in `taken`."""
-    if name in taken:
-        raise ConfigError(
-            f"{key}={name}: there is such a column already, of {', '.join(taken)}; choose another "
-            "name"
-        )
-    if not _COLUMN_NAME.fullmatch(name) or name in _RESERVED:
-        raise ConfigError(
-            f"{key}={name}: expected a name of letters, digits, - and _, other than base and auto"
-        )
 
 
 def _normalised(sources: dict[str, float]) -> dict[str, float]:
@@ -183,6 +140,32 @@ def _check_run(c: TrainConfig) -> None:
             f"model.create_module_name={c.model.create_module_name}: a column is added to a "
             "trained model; name its checkpoint in checkpoint.init_ckpt_path"
         )
+    if c.model.module_train == "new" and c.checkpoint.init_ckpt_path is None:
+        raise ConfigError(
+            "model.module_train=new: leaves all but the column as it is, and without "
+            "checkpoint.init_ckpt_path that is not trained yet; name a checkpoint, or use all"
+        )
+    if c.model.create_module_name is None and c.model.create_module_init != "copy":
+        raise ConfigError(
+            f"model.create_module_init={c.model.create_module_init}: no column is created; "
+            "name it in model.create_module_name"
+        )
+    _check_attention(c)
+
+
+def _check_attention(c: TrainConfig) -> None:
+    """Backends that can work on no machine, or on no CPU; the others are tried at the start."""
+    impl, m = c.distributed.attn_impl, c.model
+    if impl in ("flex", "xformers") and c.ray.use_gpu is False:
+        raise ConfigError(
+            f"distributed.attn_impl={impl}: trains on GPUs only, and ray.use_gpu=false; use auto"
+        )
+    chunked = m.module_seq_len is not None and m.module_seq_len < c.data.seq_len
+    if impl == "xformers" and m.module_agg == "stack" and chunked:
+        raise ConfigError(
+            "distributed.attn_impl=xformers: has no kernel for the memory attention of "
+            "model.module_agg=stack; use auto, which may still take xformers for the rest"
+        )
 
 
 def warnings_of(c: TrainConfig) -> list[str]:
@@ -199,13 +182,35 @@ def warnings_of(c: TrainConfig) -> list[str]:
         if chunk is None or chunk >= c.data.seq_len:
             found.append(
                 f"{key} cannot act: a sample of data.seq_len={c.data.seq_len} is one chunk "
-                f"(model.module_seq_len={chunk}); this is a dense model"
+                f"(model.module_seq_len={_shown(chunk)}); this is a dense model, and "
+                "model.module_agg=drop spares the parameters of its aggregation"
             )
         elif m.module_n_layers is not None and m.module_n_layers >= m.n_layers:
             found.append(
                 f"{key} cannot act: model.module_n_layers={m.module_n_layers} leaves one module "
                 f"of all {m.n_layers} layers, with no place for an aggregation between modules"
             )
+    if m.module_lookback and (chunk is None or chunk >= c.data.seq_len):
+        found.append(
+            f"model.module_lookback={m.module_lookback} cannot act: a sample of data.seq_len="
+            f"{c.data.seq_len} is one chunk (model.module_seq_len={_shown(chunk)})"
+        )
+    if m.sliding_window is not None and m.sliding_window >= c.data.seq_len:
+        found.append(
+            f"model.sliding_window={m.sliding_window} cannot act: a sample has data.seq_len="
+            f"{c.data.seq_len} tokens"
+        )
+    curve = c.eval.validation.chunk_len
+    if curve is not None and curve >= c.data.seq_len:
+        found.append(
+            f"eval.validation.chunk_len={curve}: a sample of data.seq_len={c.data.seq_len} is one "
+            "chunk, so no curves of the loss by position are written"
+        )
+    if m.module_names and m.module_lookback:
+        found.append(
+            f"model.module_lookback={m.module_lookback}: chunks cannot be routed by evidence "
+            "(route=auto) among columns that look back; each column works alone"
+        )
     others = [name for name in ("base", *m.module_names) if name != m.module_route]
     if others and m.module_train == "all":
         found.append(
@@ -213,6 +218,10 @@ def warnings_of(c: TrainConfig) -> list[str]:
             f"{', '.join(others)} change too, and columns cannot be moved to or from the old base"
         )
     return found
+
+
+def _shown(value: int | None) -> str:
+    return "null" if value is None else str(value)
 
 
 def global_batch_size(c: TrainConfig, world_size: int) -> int:

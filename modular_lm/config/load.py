@@ -54,6 +54,8 @@ def load_config(cls: type[T], args: Sequence[str]) -> tuple[T, dict[str, Any]]:
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """Build `cls` from a plain nested dict, with the same checks. Raises ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected a mapping of keys, found a {type(values).__name__}")
     return _build(cls, values, "")
 
 

@@ -154,7 +154,7 @@ class DistributedConfig:
     model_dtype: Dtype = key("bf16", "compute type of the layers; master weights stay fp32")
     compile: bool = key(False, "torch.compile each layer")
     attn_impl: AttentionImpl = key(
-        "auto", "attention backend; auto: what a trial at the start shows to work best"
+        "auto", "attention backend; auto: sdpa, or on GPUs one that a trial at the start proves"
     )
 
 

@@ -25,6 +25,9 @@ from modular_lm.tokenizer import Tokenizer
 
 Document = npt.NDArray[np.integer]
 
+# Batches are padded to multiples of this: compiled kernels then meet few shapes.
+_WIDTHS = 128
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -119,9 +122,11 @@ class Validation:
         for first in range(0, len(documents), together):
             everyone = documents[first : first + together]
             mine = everyone[world.rank :: world.size]
-            inputs, targets = pad(mine, width=max(map(len, everyone)) - 1)
+            longest = max(map(len, everyone)) - 1
+            width = min(-(-longest // _WIDTHS) * _WIDTHS, self._seq_len)
+            inputs, targets = pad(mine, width)
             nll = model(inputs.to(world.device), targets.to(world.device))
-            losses.add(nll, targets != IGNORE)
+            losses.accumulate(nll, targets != IGNORE)
             n_bytes += sum(text_bytes(self._tokenizer, d[None]) for d in mine)
             n_documents += len(mine)
         return _Sums(losses, n_bytes, n_documents)

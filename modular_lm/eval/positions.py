@@ -38,7 +38,7 @@ class LossSums:
         """Nothing scored yet at any of `n` indices."""
         return LossSums(torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
 
-    def add(self, losses: Tensor, scored: Tensor) -> None:
+    def accumulate(self, losses: Tensor, scored: Tensor) -> None:
         """Add rows of losses [n, t] by position, t <= N, where `scored` [n, t] (bool) is true."""
         width, scored = losses.shape[1], scored.cpu()
         self.nll[:width] += losses.double().cpu().where(scored, 0.0).sum(0)

@@ -98,7 +98,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = CONFIG) -> tuple[ModelCon
 def _rope_theta(hf: Mapping[str, Any], where: str) -> float:
     """From `rope_theta`, or from the `rope_parameters` that transformers 5 writes in its place."""
     parameters = hf.get("rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default":
+    if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise CheckpointError(
             f"{where}: rope_parameters={json.dumps(parameters)}: not a plain Llama, "
             "expected the rope_type default"

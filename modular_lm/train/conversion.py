@@ -31,6 +31,7 @@ from modular_lm.model.foreign import take_own
 from modular_lm.model.hf import config_to_hf, read_hf, state_to_hf, write_hf
 from modular_lm.model.lm import LanguageModel
 from modular_lm.model.meta import load_pth, read_meta
+from modular_lm.model.sizes import sizes_of
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train.checkpoint import load_for_inference, portable_config, save_model
 from modular_lm.train.saved_config import TOKENIZER_FILE, has_one_chunk
@@ -51,7 +52,7 @@ class Model:
 
 
 def convert(
-    source: str, target: str, src: Path, dst: Path, tokenizer: TokenizerConfig | None, scratch: Path
+    source: str, target: str, src: Path, dst: Path, tokenizer: TokenizerConfig, scratch: Path
 ) -> Model:
     """Read `src` in the format `source` and write `dst` in the format `target`.
 
@@ -67,11 +68,11 @@ def convert(
 # ------------------------------------------------------------------ reading
 
 
-def _read_hf(src: Path, tokenizer: TokenizerConfig | None, scratch: Path) -> Model:
+def _read_hf(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
     return _imported(src, *read_hf(src), tokenizer)
 
 
-def _read_meta(src: Path, tokenizer: TokenizerConfig | None, scratch: Path) -> Model:
+def _read_meta(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
     return _imported(src, *read_meta(src), tokenizer)
 
 
@@ -80,9 +81,8 @@ def _imported(
     model: ModelConfig,
     seq_len: int,
     state: dict[str, Tensor],
-    named: TokenizerConfig | None,
+    named: TokenizerConfig,
 ) -> Model:
-    assert named is not None
     tokenizer = build_tokenizer(named, key="tokenizer")
     if tokenizer.n_words > model.vocab_size:
         raise ConfigError(
@@ -97,12 +97,12 @@ def _imported(
     return Model(TrainConfig(name="imported", data=data, model=model), state, tokenizer)
 
 
-def _read_dcp(src: Path, tokenizer: TokenizerConfig | None, scratch: Path) -> Model:
+def _read_dcp(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
     model, own, config, _ = load_for_inference(str(src), torch.device("cpu"))
     return Model(config, model.state_dict(), own)
 
 
-def _read_torch(src: Path, tokenizer: TokenizerConfig | None, scratch: Path) -> Model:
+def _read_torch(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
     values = load_pth(src)
     if values.get("format") != _FORMAT or not values.keys() >= _PARTS:
         raise CheckpointError(
@@ -110,8 +110,9 @@ def _read_torch(src: Path, tokenizer: TokenizerConfig | None, scratch: Path) -> 
         )
     try:
         config = from_dict(TrainConfig, values["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{src}: {error}") from error
+        sizes_of(config.model)
+    except (ConfigError, ValueError) as error:
+        raise CheckpointError(f"{src}: its config: {error}") from error
     if values["tokenizer"] is not None:
         file = scratch / TOKENIZER_FILE
         file.write_bytes(values["tokenizer"])
@@ -174,7 +175,7 @@ def _check_exportable(config: TrainConfig) -> None:
         raise ConfigError(f"to=hf: {why}, which Hugging Face's Llama cannot; use to=torch")
 
 
-READERS: dict[str, Callable[[Path, TokenizerConfig | None, Path], Model]] = {
+READERS: dict[str, Callable[[Path, TokenizerConfig, Path], Model]] = {
     "hf": _read_hf,
     "meta": _read_meta,
     "torch": _read_torch,

@@ -47,6 +47,11 @@ def find(path: str, key: str = "ckpt") -> Path:
     Raises CheckpointError with what is there instead.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise CheckpointError(
+            f"{key}={path}: is a file, expected a checkpoint's folder; make one of it with "
+            "ray_jobs.convert"
+        )
     if not path or not folder.is_dir():
         raise CheckpointError(
             f"{key}={path}: no such folder; give a checkpoint or a run's dump_dir"

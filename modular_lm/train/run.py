@@ -36,7 +36,7 @@ from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
 from modular_lm.train.inventory import complete_steps, find, newest_step, step_folder
-from modular_lm.train.saved_config import INIT_KEY, find_initial, read_config
+from modular_lm.train.saved_config import INIT_KEY, find_initial, has_one_chunk, read_config
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
     `checkpoint.init_ckpt_path`.
     """
     tokenizer = build_tokenizer(config.data.tokenizer)
-    resolved = resolve(_with_columns(config), tokenizer.n_words)
+    resolved = resolve(_inherited(config), tokenizer.n_words)
     token = resolved.data.tokenizer
     if tokenizer.file is not None:
         token = dataclasses.replace(token, path=str(tokenizer.file.resolve()))
@@ -66,18 +66,26 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
     return _with_initial_weights(resolved, tokenizer), tokenizer
 
 
-def _with_columns(config: TrainConfig) -> TrainConfig:
-    """`model.module_names` as the run's own checkpoints have it, else as the initial one has."""
+def _inherited(config: TrainConfig) -> TrainConfig:
+    """`module_names` and, where it is not given, `module_sum_scale`, which weights are trained for:
+    as the run's own checkpoints have them, else as the initial one has."""
     initial, model = config.checkpoint.init_ckpt_path, config.model
     checkpoints = RunFolder(Path(dump_dir_of(config)).expanduser()).checkpoints
     if step := newest_step(checkpoints):
-        names = read_config(step_folder(checkpoints, step)).model.module_names
+        own = read_config(step_folder(checkpoints, step)).model
         # Others than these are refused with all else that a run may not change.
-        model = dataclasses.replace(model, module_names=model.module_names or names)
+        model = dataclasses.replace(
+            model,
+            module_names=model.module_names or own.module_names,
+            module_sum_scale=model.module_sum_scale or own.module_sum_scale,
+        )
         return dataclasses.replace(config, model=model)
-    names, new = [], model.create_module_name
+    names, scale, new = [], model.module_sum_scale, model.create_module_name
     if initial is not None:
-        names = read_config(find(initial, INIT_KEY)).model.module_names
+        saved = read_config(find(initial, INIT_KEY))
+        names = saved.model.module_names
+        if scale is None and saved.model.module_agg == "sum" and not has_one_chunk(saved):
+            scale = saved.model.module_sum_scale
     if new in names:
         raise ConfigError(
             f"model.create_module_name={new}: {INIT_KEY}={initial} has this column already; "
@@ -88,7 +96,7 @@ def _with_columns(config: TrainConfig) -> TrainConfig:
             f"model.module_names={','.join(model.module_names)}: a new run has the columns of "
             f"{INIT_KEY}={initial} ({', '.join(names) or 'none'}); leave this key out"
         )
-    model = dataclasses.replace(model, module_names=names)
+    model = dataclasses.replace(model, module_names=names, module_sum_scale=scale)
     return dataclasses.replace(config, model=model)
 
 

@@ -7,15 +7,18 @@ are compared by `checkpoint.load_model`.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from modular_lm.config import ModelConfig, TrainConfig
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
-from modular_lm.model.sizes import sizes_of
+from modular_lm.model.sizes import BASE, sizes_of
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.model"
 INIT_KEY = "checkpoint.init_ckpt_path"
@@ -24,6 +27,11 @@ _TRUNK = (
     *("rope_theta", "norm_eps", "mixer"),
 )
 _SITES = ("module_agg", "module_n_layers")
+# What the same weights compute with.
+_READING = (
+    *("module_seq_len", "module_lookback", "sliding_window"),
+    *("module_n_summary", "module_pool", "module_sum_scale"),
+)
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -53,19 +61,25 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
     assert config.checkpoint.init_ckpt_path is not None
     folder = inventory.find(config.checkpoint.init_ckpt_path, INIT_KEY).resolve()
     saved = read_config(folder)
-    differing = _differences(saved.model, config.model)
-    if not has_one_chunk(saved):
-        differing += _site_differences(saved.model, config.model)
-    if differing:
-        raise ConfigError(
-            f"{INIT_KEY}={folder}: its model is another one: {'; '.join(differing)}; "
-            "set these keys as in its params.json"
-        )
     theirs = build_tokenizer(saved.data.tokenizer)
     if (theirs.name, theirs.content_hash) != (tokenizer.name, tokenizer.content_hash):
         raise ConfigError(
             f"{INIT_KEY}={folder}: its tokenizer ({_named(theirs)}) is not this run's "
             f"({_named(tokenizer)}); set data.tokenizer.name and data.tokenizer.path to it"
+        )
+    differing = _differences(saved.model, config.model)
+    if not has_one_chunk(saved):
+        differing += _site_differences(saved.model, config.model)
+    reading = _reading_differences(saved.model, config.model)
+    if config.model.module_route != BASE:
+        # What the base computes would no longer be what it was.
+        differing += reading
+    elif reading and not has_one_chunk(saved):
+        log.warning("%s=%s: was trained with %s", INIT_KEY, folder, "; ".join(reading))
+    if differing:
+        raise ConfigError(
+            f"{INIT_KEY}={folder}: its model is another one: {'; '.join(differing)}; "
+            "set these keys as in its params.json"
         )
     return folder
 
@@ -83,6 +97,12 @@ def _site_differences(saved: ModelConfig, new: ModelConfig) -> list[str]:
     if saved.module_agg == "drop" or (saved.module_n_layers or 1) >= saved.n_layers:
         return []
     keys = (*_SITES, "module_agg_dim") if saved.module_agg == "stack" else _SITES
+    found = [_line(key, getattr(saved, key), getattr(new, key)) for key in keys]
+    return [line for line in found if line]
+
+
+def _reading_differences(saved: ModelConfig, new: ModelConfig) -> list[str]:
+    keys = _READING if new.module_agg == "sum" else _READING[:-1]
     found = [_line(key, getattr(saved, key), getattr(new, key)) for key in keys]
     return [line for line in found if line]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
+from modular_lm.config.columns import _TAKEN
 from modular_lm.errors import ConfigError
 
 BASE = ["steps=100", "optim.warmup=10", "data.seq_len=512", "model.module_seq_len=128"]
@@ -52,6 +55,13 @@ def test_weights_of_sources_are_normalised() -> None:
         (["model.module_agg=stack", "model.module_agg_dim=20"], "model.module_agg_dim=20"),
         (["model.vocab_size=100"], "model.vocab_size=100"),
         (["model.create_module_name=code"], "model.create_module_name=code"),
+        (["model.module_names=train"], "model.module_names=train"),
+        (["model.module_train=new"], "model.module_train=new"),
+        (["model.create_module_init=fresh"], "model.create_module_init=fresh"),
+        (["model.module_lookback=129"], "model.module_lookback=129"),
+        (["model.sliding_window=64"], "model.sliding_window=64"),
+        (["distributed.attn_impl=flex", "ray.use_gpu=false"], "distributed.attn_impl=flex"),
+        (["distributed.attn_impl=xformers", "model.module_agg=stack"], "distributed.attn_impl="),
         (["data.sources={}"], "data.sources="),
         (["data.sources={a: 0}"], "data.sources.a=0"),
         (["stop_at=101"], "stop_at=101"),
@@ -71,6 +81,8 @@ def test_contradictions_name_the_key(arguments: list[str], key: str) -> None:
         (["model.module_seq_len=512"], True),
         (["model.module_seq_len=null"], True),
         (["model.module_n_layers=8"], True),
+        (["model.module_agg=drop", "model.module_seq_len=null", "model.module_lookback=8"], True),
+        (["model.module_agg=drop", "model.module_seq_len=128", "model.module_lookback=8"], False),
         (["optim.warmup=101"], True),
         (["model.module_seq_len=512", "model.module_agg=drop"], False),
         ([], False),
@@ -96,3 +108,11 @@ def test_a_run_may_change_its_optimizer_but_not_its_model_or_data() -> None:
         "model.head_dim",
         "model.module_agg_dim",
     ]
+
+
+def test_words_that_no_column_can_have_are_those_of_torch() -> None:
+    """A column is a key of a ModuleDict, which refuses the names of its own attributes."""
+    from torch import nn
+
+    names = (n for n in dir(nn.ModuleDict()) if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", n))
+    assert set(_TAKEN) == {"auto", "base", *names}

@@ -98,7 +98,7 @@ def _training_line(step: int) -> dict[str, float]:
 def _write_curves(folder: RunFolder, step: int) -> None:
     sums, rows = LossSums.zeros(512), torch.arange(512) % 128
     losses = 1.6 + torch.exp(-rows / 2) + 4 * math.exp(-step / 80)
-    sums.add(losses[None], torch.ones(1, 512, dtype=torch.bool))
+    sums.accumulate(losses[None], torch.ones(1, 512, dtype=torch.bool))
     write_curves(folder.curves_file(step), step, {"wiki": fold(sums, 128)})
 
 

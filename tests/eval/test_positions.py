@@ -19,7 +19,7 @@ NAN = math.nan
 
 def sums_of(losses: Tensor, scored: Tensor, seq_len: int | None = None) -> LossSums:
     sums = LossSums.zeros(seq_len or losses.shape[1])
-    sums.add(losses, scored)
+    sums.accumulate(losses, scored)
     return sums
 
 
@@ -89,7 +89,7 @@ def test_batches_and_ranks_change_no_bit(
             if len(some):
                 # As wide as the longest of them.
                 width = int(known.sum(1).max())
-                of_rank.add(some[:, :width], known[:, :width])
+                of_rank.accumulate(some[:, :width], known[:, :width])
         total = total + of_rank
     assert torch.equal(total.nll, whole.nll)
     assert torch.equal(total.count, whole.count)
@@ -126,7 +126,7 @@ def test_every_curve_holds_each_token_once(lengths: list[int], chunk_len: int, s
 def test_a_token_too_many_is_no_rounding_error() -> None:
     """In fp32 a sum of 2**24 no longer grows by one."""
     sums = LossSums(torch.full((1,), 2.0**24).double(), torch.full((1,), 2.0**24).double())
-    sums.add(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
+    sums.accumulate(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
     assert sums.nll.item() == sums.count.item() == 2**24 + 1
 
 

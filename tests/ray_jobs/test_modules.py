@@ -160,7 +160,7 @@ def test_merge_takes_the_mean(tmp_path: Path) -> None:
         ("action=add ckpt=A name=new dst=NEW out=x", "out: action=add does not take it, only ckpt"),
         ("action=add ckpt=A name=code dst=NEW", "name=code: there is such a column already, of"),
         ("action=add ckpt=A name=base dst=NEW", "name=base: there is such a column already, of"),
-        ("action=add ckpt=A name=auto dst=NEW", "name=auto: expected a name of letters"),
+        ("action=add ckpt=A name=auto dst=NEW", "name=auto: PyTorch or the jobs use this word"),
         ("action=add ckpt=A name=a/b dst=NEW", "name=a/b: expected a name of letters"),
         ("action=export ckpt=A name=code", "out=: action=export needs it"),
         ("action=export ckpt=A out=NEW", "name=: action=export needs it"),

@@ -255,7 +255,7 @@ def test_a_run_that_goes_on_keeps_its_columns(
             "checkpoint.init_ckpt_path=CODED (code); leave this key out",
         ),
         ("model.module_names=[a]", "model.module_names=a: a new run has the columns of"),
-        ("model.create_module_name=base START", "model.create_module_name=base: expected a name"),
+        ("model.create_module_name=base START", "model.create_module_name=base: PyTorch or"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(

@@ -166,7 +166,8 @@ def test_columns_are_shown_and_those_that_do_not_learn_cost_only_their_weights(
     more: tuple[str, ...], learning: str
 ) -> None:
     keys = ("model.module_seq_len=16", "model.module_agg=avg")
-    config = tiny(*keys, "model.module_names=law,code", "model.module_route=code", *more)
+    columns = ("model.module_names=law,code", "model.module_route=code")
+    config = tiny(*keys, *columns, "checkpoint.init_ckpt_path=somewhere", *more)
     model = LanguageModel(config.model)
     freeze(model, config.model)
     total = sum(p.numel() for p in model.parameters())

@@ -199,7 +199,7 @@ def test_sites_that_never_ran_count_as_absent(world: World, tmp_path: Path) -> N
 
 def test_columns_may_be_new_but_not_lost(world: World, tmp_path: Path) -> None:
     dense = saved(tmp_path / "m", *DENSE)
-    grown = config(*DENSE, "model.module_names=code", "model.module_route=code")
+    grown = config(*DENSE, "model.module_names=code", "checkpoint.init_ckpt_path=somewhere")
     model, fresh = plain(grown, 7), plain(grown, 7).state_dict()
     new = load_model(tmp_path / "m", model, world)
     assert new == {name for name in fresh if name.startswith("columns.code.")} != set()

@@ -218,5 +218,7 @@ def test_an_attention_backend_that_cannot_train_here_is_refused(
     impl: str, world: World, tmp_path: Path
 ) -> None:
     with pytest.raises(AgreedError, match=f"distributed.attn_impl={impl}.*use auto") as caught:
-        trainer(world, tmp_path, Recorder(), f"distributed.attn_impl={impl}")
+        trainer(
+            world, tmp_path, Recorder(), f"distributed.attn_impl={impl}", "model.module_agg=avg"
+        )
     assert caught.value.exit_code == 2
