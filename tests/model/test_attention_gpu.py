@@ -96,7 +96,7 @@ def test_a_model_learns_and_scores_the_same_by_auto_as_by_sdpa(
     """Also over many widths, as in validation: no fall-back to a kernel that holds all scores."""
 
     def build(auto: bool) -> LanguageModel:
-        keys = MODELS[name] | {"dim": 64, "n_heads": 2, "module_agg_dim": 64}
+        keys: dict[str, Any] = MODELS[name] | {"dim": 64, "n_heads": 2, "module_agg_dim": 64}
         model = tiny_model(torch.float32, **keys).to(CUDA)
         if auto:
             model.backends = choose_backends(

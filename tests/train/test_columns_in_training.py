@@ -285,3 +285,31 @@ def test_training_what_is_shared_beside_other_columns_is_warned_of(
     assert "outputs of code change" in warned(f"checkpoint.init_ckpt_path={coded}")[0]
     for quiet in (adding(coded, "law"), (f"checkpoint.init_ckpt_path={trained}",), ()):
         assert warned(*quiet) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["module_lookback=4", "module_pool=last", "module_n_summary=2", "module_seq_len=16"]
+)
+def test_a_column_is_added_to_a_base_that_goes_on_computing_the_same(
+    trained: Path, tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=f"another one: model.{key.split('=')[0]}: .* there, "):
+        config(tmp_path / "run", *adding(trained), f"model.{key}")
+    # Without a column a run may use its initial weights otherwise; it is told that it does.
+    config(tmp_path / "run", f"checkpoint.init_ckpt_path={trained}", f"model.{key}")
+    assert f"was trained with model.{key.split('=')[0]}" in caplog.text
+
+
+def test_the_scale_of_a_sum_goes_with_the_weights(world: World, tmp_path: Path) -> None:
+    """Resolved by default for the samples of the first run, it would change with their length."""
+    train(world, tmp_path / "base", "model.module_agg=sum", stop=2)
+    longer = ("model.module_agg=sum", "data.seq_len=64")
+    start = f"checkpoint.init_ckpt_path={tmp_path / 'base'}"
+    assert config(tmp_path / "run", *longer).model.module_sum_scale == 1 / 8
+    assert config(tmp_path / "run", start, *longer).model.module_sum_scale == 1 / 4
+    given = config(tmp_path / "run", start, *longer, "model.module_sum_scale=0.5")
+    assert given.model.module_sum_scale == 0.5
+    # Continued, the run keeps it, though its start may be gone.
+    train(world, tmp_path / "run", start, "model.module_agg=sum", stop=2)
+    shutil.rmtree(tmp_path / "base")
+    assert config(tmp_path / "run", "model.module_agg=sum").model.module_sum_scale == 1 / 4
