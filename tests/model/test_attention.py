@@ -53,6 +53,7 @@ def test_every_mask_by_sdpa(mask: Mask, kv_heads: int) -> None:
     torch.testing.assert_close(by(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @given(mask=masks(), kv_heads=st.sampled_from([1, 4]))
 @settings(deadline=None, max_examples=15)

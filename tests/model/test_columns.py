@@ -284,11 +284,11 @@ def test_what_columns_resolve_to() -> None:
     [
         (
             {"create_module_name": "base"},
-            "model.create_module_name=base: expected a name of letters",
+            "model.create_module_name=base: PyTorch or the jobs",
         ),
         (
             {"create_module_name": "auto"},
-            "model.create_module_name=auto: expected a name of letters",
+            "model.create_module_name=auto: PyTorch or the jobs",
         ),
         ({"create_module_name": "a.b"}, "model.create_module_name=a.b: expected a name of letters"),
         ({"create_module_name": ""}, "model.create_module_name=: expected a name of letters"),

@@ -320,7 +320,7 @@ def extend_in_pieces(
     length=st.integers(1, 30),
     cuts=st.lists(st.integers(1, 29), max_size=6),
 )
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 def test_any_split_of_the_input_gives_the_parallel_logits(
     keys: dict[str, Any], chunked: int, window: int | None, length: int, cuts: list[int]
 ) -> None:
@@ -342,7 +342,7 @@ def test_any_split_of_the_input_gives_the_parallel_logits(
     more=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 def test_rows_at_different_positions_are_as_if_alone(
     keys: dict[str, Any],
     chunked: int,
