@@ -48,6 +48,11 @@ def some_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def assert_equal_in_fp64(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
 @st.composite
 def model_keys(
     draw: st.DrawFn, modes: tuple[str, ...] = MODES, *, lookback: bool = True
