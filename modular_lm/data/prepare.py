@@ -36,7 +36,7 @@ from modular_lm.data.manifest import (
 from modular_lm.data.shards import ROW_TOKENS
 from modular_lm.data.shuffle import Recipe, ShardTask, SliceResult, SliceTask, tokenise, write_shard
 from modular_lm.errors import ConfigError, DataError
-from modular_lm.files import Locked, lock, sync_folder
+from modular_lm.files import Locked, lock, sync
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def _publish(work: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(replaced)
     work.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
