@@ -14,7 +14,9 @@ from typing import Any
 from modular_lm.cli import run_job
 from modular_lm.config import GenerateConfig
 from modular_lm.errors import ConfigError
+from modular_lm.model.sizes import column_names
 from modular_lm.train.inventory import find
+from modular_lm.train.saved_config import read_config
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +25,7 @@ USAGE = 'python -m ray_jobs.generate ckpt=DIR prompt="..." key=value ...'
 
 def main(config: GenerateConfig, given: dict[str, Any]) -> int:
     """The job; returns the exit code."""
-    find(config.ckpt)  # before torch is loaded
-    if config.modules and config.route != "auto":
-        raise ConfigError(f"modules={','.join(config.modules)}: is for route=auto")
+    _check_route(config, find(config.ckpt))  # before torch is loaded
     out = Path(config.out) if config.out else None
     if out is not None and out.is_dir():
         raise ConfigError(f"out={config.out}: is a folder; name a file")
@@ -57,6 +57,20 @@ def main(config: GenerateConfig, given: dict[str, Any]) -> int:
         line = {"prompt": config.prompt, "text": text, "tokens": tokens}
         out.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _check_route(config: GenerateConfig, folder: Path) -> None:
+    """Raise ConfigError for columns that the checkpoint does not have."""
+    names = column_names(read_config(folder).model)
+    if config.route not in (None, "auto", *names):
+        raise ConfigError(f"route={config.route}: expected auto or a column: {', '.join(names)}")
+    if config.modules and config.route != "auto":
+        raise ConfigError(f"modules={','.join(config.modules)}: is for route=auto")
+    if unknown := [name for name in config.modules if name not in names]:
+        raise ConfigError(
+            f"modules={','.join(config.modules)}: there is no column {unknown[0]}; "
+            f"there are {', '.join(names)}"
+        )
 
 
 if __name__ == "__main__":

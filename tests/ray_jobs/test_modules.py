@@ -1,4 +1,4 @@
-"""`python -m ray_jobs.modules`: every action, and what it refuses."""
+"""`python -m ray_jobs.modules`: every action, what it refuses, and how columns are then run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modular_lm.config import ModulesConfig, TrainConfig, load_config
+from modular_lm.config import GenerateConfig, ModulesConfig, TrainConfig, load_config
 from modular_lm.config.checks import resolve
 from modular_lm.config.load import format_help
 from modular_lm.config.schema import TokenizerConfig
@@ -22,6 +22,7 @@ from modular_lm.model.lm import LanguageModel
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.train.checkpoint import load_for_inference, read_config, save_model
 from modular_lm.train.column_file import base_hash, column_hash
+from ray_jobs.generate import main as generate
 from ray_jobs.modules import main
 from tests.support import REPO
 
@@ -239,3 +240,39 @@ def test_help_names_every_key() -> None:
     text = format_help(ModulesConfig, "", "")
     assert all(f"  {f.name}=" in text for f in dataclasses.fields(ModulesConfig))
     assert "list|add|export|import|merge" in text
+
+
+# Generating by them
+
+
+def generated(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert generate(*load_config(GenerateConfig, [*args, "max_tokens=24"])) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_runs_the_column_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path / "a", "code")
+    ckpt = f"ckpt={tmp_path / 'a'}"
+    base, code = (generated(capsys, ckpt, f"route={name}") for name in ("base", "code"))
+    assert base != code
+    assert generated(capsys, ckpt) == base
+    assert generated(capsys, ckpt, "route=auto", "modules=code") == code
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("route=cod", "route=cod: expected auto or a column: base, code"),
+        ("route=auto modules=base,law", "modules=base,law: there is no column law; there are base"),
+        ("route=code modules=base", "modules=base: is for route=auto"),
+        ("out=FOLDER", "out=FOLDER: is a folder; name a file"),
+    ],
+)
+def test_generate_refuses_what_is_not_there(tmp_path: Path, args: str, message: str) -> None:
+    checkpoint(tmp_path / "a", "code")
+    placed = args.replace("FOLDER", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        generate(*load_config(GenerateConfig, [f"ckpt={tmp_path / 'a'}", *placed.split()]))
+    assert str(caught.value).replace(str(tmp_path), "FOLDER").startswith(message)
