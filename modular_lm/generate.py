@@ -76,7 +76,7 @@ def _continue_batch(
     eos_id: int | None,
 ) -> list[list[int]]:
     """All rows go on together, whatever the lengths of their prompts, and leave when they end."""
-    device = model.tok_embeddings.weight.device
+    device = model.device
 
     def read(tokens: list[list[int]], state: State) -> tuple[Tensor, State]:
         """Logits [B, V] after the last of tokens [B, s]."""
@@ -109,7 +109,7 @@ def _continue_routed(
     max_tokens: int,
     eos_id: int | None,
 ) -> list[int]:
-    device = model.tok_embeddings.weight.device
+    device = model.device
 
     def read(tokens: Sequence[int], routed: RoutedState) -> tuple[Tensor, RoutedState]:
         piece = torch.tensor([tokens], device=device)

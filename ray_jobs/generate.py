@@ -1,15 +1,17 @@
 """Continue a text with a trained model: `ckpt=` a checkpoint's folder, or a run's (its latest).
 
 Prints the prompt and its continuation; with `out=FILE` also writes a JSON line
-{"prompt", "text", "tokens"}. One prompt needs no cluster, so no Ray is started.
+{"prompt", "text", "tokens"}, with `route=auto` and "columns", of each chunk. One prompt needs no
+cluster, so no Ray is started.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modular_lm.cli import run_job
 from modular_lm.config import GenerateConfig
@@ -17,6 +19,9 @@ from modular_lm.errors import ConfigError
 from modular_lm.model.sizes import column_names
 from modular_lm.train.inventory import find
 from modular_lm.train.saved_config import read_config
+
+if TYPE_CHECKING:
+    from modular_lm.model.lm import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +58,24 @@ def main(config: GenerateConfig, given: dict[str, Any]) -> int:
     # Decoded together: a token alone need not be whole characters.
     text = tokenizer.decode(prompt + tokens)[len(tokenizer.decode(prompt)) :]
     print(config.prompt + text)
+    line = {"prompt": config.prompt, "text": text, "tokens": tokens}
+    if candidates:
+        line["columns"] = _columns_of_chunks(model, candidates, prompt + tokens)
+        log.info("columns by chunk: %s", " ".join(line["columns"]))
     if out is not None:
-        line = {"prompt": config.prompt, "text": text, "tokens": tokens}
         out.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _columns_of_chunks(
+    model: LanguageModel, candidates: Sequence[str], tokens: list[int]
+) -> list[str]:
+    import torch
+
+    from modular_lm.model.routing import choose_routes
+
+    routes = choose_routes(model, candidates, torch.tensor([tokens]).to(model.device))
+    return [model.column_names[number] for number in routes[0].tolist()]
 
 
 def _check_route(config: GenerateConfig, folder: Path) -> None:

@@ -50,6 +50,10 @@ class LanguageModel(nn.Module):
         """The base and all others, by their numbers."""
         return column_names(self.config)
 
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
     def initial_weights(self) -> dict[str, Initial]:
         start = normal(self.config, self.config.dim)
         head = {} if self.output is None else {"output.weight": start}

@@ -69,7 +69,7 @@ def check_candidates(model: LanguageModel, candidates: Sequence[str]) -> None:
 def init_routed(model: LanguageModel, candidates: Sequence[str], batch_size: int) -> RoutedState:
     """The state before the first token. Raises ConfigError, see `check_candidates`."""
     check_candidates(model, candidates)
-    state, device = model.init_state(batch_size), model.tok_embeddings.weight.device
+    state, device = model.init_state(batch_size), model.device
     chunk = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
     evidence = torch.zeros(batch_size, len(candidates), dtype=torch.float64, device=device)
     return RoutedState(state, state, chunk, evidence)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 import subprocess
 import sys
@@ -259,6 +261,11 @@ def test_generate_runs_the_column_that_is_named(
     assert base != code
     assert generated(capsys, ckpt) == base
     assert generated(capsys, ckpt, "route=auto", "modules=code") == code
+    out = tmp_path / "out.jsonl"
+    generated(capsys, ckpt, "route=auto", f"out={out}")
+    line = json.loads(out.read_text())
+    assert len(line["columns"]) == math.ceil((1 + len(line["tokens"])) / 8)  # BOS stands first
+    assert line["columns"][0] == "base"
 
 
 @pytest.mark.parametrize(
