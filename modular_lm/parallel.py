@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from modular_lm.config.checks import has_one_chunk
 from modular_lm.config.schema import DistributedConfig, TrainConfig
 from modular_lm.errors import EXIT_FAILED, AgreedError, UserFacingError, reason
 from modular_lm.model.attention import choose_backends
@@ -120,7 +121,7 @@ def build_model(config: TrainConfig, world: World) -> LanguageModel:
     with torch.device("meta"):
         model = LanguageModel(config.model)
     freeze(model, config.model)
-    if (config.model.module_seq_len or config.data.seq_len) >= config.data.seq_len:
+    if has_one_chunk(config.model, config.data.seq_len):
         # With one chunk a sample no aggregation runs: such weights get no gradients, and the
         # optimizer must not wait for any.
         model.aggs.requires_grad_(False)

@@ -82,6 +82,11 @@ def resolve_model(model: ModelConfig, seq_len: int, vocab_size: int) -> ModelCon
     return resolved
 
 
+def has_one_chunk(m: ModelConfig, seq_len: int) -> bool:
+    """Whether a sample is one chunk, so that aggregation sites never run: a dense model."""
+    return m.module_seq_len is None or m.module_seq_len >= seq_len
+
+
 def _normalised(sources: dict[str, float]) -> dict[str, float]:
     if not sources:
         raise ConfigError("data.sources={}: expected at least one source")
@@ -160,8 +165,8 @@ def _check_attention(c: TrainConfig) -> None:
         raise ConfigError(
             f"distributed.attn_impl={impl}: trains on GPUs only, and ray.use_gpu=false; use auto"
         )
-    chunked = m.module_seq_len is not None and m.module_seq_len < c.data.seq_len
-    if impl == "xformers" and m.module_agg == "stack" and chunked:
+    reads = m.module_agg == "stack" and not has_one_chunk(m, c.data.seq_len)
+    if impl == "xformers" and reads:
         raise ConfigError(
             "distributed.attn_impl=xformers: has no kernel for the memory attention of "
             "model.module_agg=stack; use auto, which may still take xformers for the rest"
@@ -179,7 +184,7 @@ def warnings_of(c: TrainConfig) -> list[str]:
     m, chunk = c.model, c.model.module_seq_len
     if m.module_agg != "drop":
         key = f"model.module_agg={m.module_agg}"
-        if chunk is None or chunk >= c.data.seq_len:
+        if has_one_chunk(m, c.data.seq_len):
             found.append(
                 f"{key} cannot act: a sample of data.seq_len={c.data.seq_len} is one chunk "
                 f"(model.module_seq_len={_shown(chunk)}); this is a dense model, and "
@@ -190,7 +195,7 @@ def warnings_of(c: TrainConfig) -> list[str]:
                 f"{key} cannot act: model.module_n_layers={m.module_n_layers} leaves one module "
                 f"of all {m.n_layers} layers, with no place for an aggregation between modules"
             )
-    if m.module_lookback and (chunk is None or chunk >= c.data.seq_len):
+    if m.module_lookback and has_one_chunk(m, c.data.seq_len):
         found.append(
             f"model.module_lookback={m.module_lookback} cannot act: a sample of data.seq_len="
             f"{c.data.seq_len} is one chunk (model.module_seq_len={_shown(chunk)})"

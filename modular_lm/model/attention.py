@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modular_lm.config.checks import has_one_chunk
 from modular_lm.config.schema import ModelConfig
 from modular_lm.errors import ConfigError, reason
 from modular_lm.model import masks
@@ -136,7 +137,7 @@ def _examples(config: ModelConfig, seq_len: int, document_mask: bool) -> Iterato
     """One of each form, made as `modular` makes them, of a few short chunks."""
     z, chunk, n_chunks = sizes_of(config), _PROBE_CHUNK * config.module_n_summary, 4
     heads = (z.n_heads, z.n_kv_heads, z.head_dim)
-    chunked = config.module_seq_len is not None and config.module_seq_len < seq_len
+    chunked = not has_one_chunk(config, seq_len)
     documents = None
     if document_mask:
         # Borders within and between the chunks of two samples.

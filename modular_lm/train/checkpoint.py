@@ -38,13 +38,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from modular_lm.config import TrainConfig, to_dict
+from modular_lm.config.checks import has_one_chunk
 from modular_lm.errors import CheckpointError
 from modular_lm.files import new_folder, write_text_atomic
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
-from modular_lm.train.saved_config import TOKENIZER_FILE, has_one_chunk, read_config
+from modular_lm.train.saved_config import TOKENIZER_FILE, read_config
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ def _missing(folder: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
     """The names in `wanted` that the checkpoint does not fill. Raises CheckpointError."""
     stored = stored_shapes(folder)
     saved = read_config(folder)
-    if has_one_chunk(saved):
+    if has_one_chunk(saved.model, saved.data.seq_len):
         stored = {name: shape for name, shape in stored.items() if not name.startswith("aggs.")}
     for name, shape in stored.items():
         if wanted.get(name, shape) != shape:

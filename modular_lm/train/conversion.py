@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from modular_lm.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
+from modular_lm.config.checks import has_one_chunk
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
 from modular_lm.files import new_folder, replacing, writing
@@ -34,7 +35,7 @@ from modular_lm.model.meta import load_pth, read_meta
 from modular_lm.model.sizes import sizes_of
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train.checkpoint import load_for_inference, portable_config, save_model
-from modular_lm.train.saved_config import TOKENIZER_FILE, has_one_chunk
+from modular_lm.train.saved_config import TOKENIZER_FILE
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def _check_exportable(config: TrainConfig) -> None:
     """
     m, seq_len = config.model, config.data.seq_len
     why = None
-    if not has_one_chunk(config):
+    if not has_one_chunk(m, seq_len):
         why = f"model.module_seq_len={m.module_seq_len}: attends within chunks of its samples"
     elif m.sliding_window is not None and m.sliding_window < seq_len:
         why = f"model.sliding_window={m.sliding_window}: attends within a window"

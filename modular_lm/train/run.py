@@ -25,6 +25,7 @@ from modular_lm.config.checks import (
     changes,
     dump_dir_of,
     global_batch_size,
+    has_one_chunk,
     resolve,
     warnings_of,
 )
@@ -36,7 +37,7 @@ from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
 from modular_lm.train.inventory import complete_steps, find, newest_step, step_folder
-from modular_lm.train.saved_config import INIT_KEY, find_initial, has_one_chunk, read_config
+from modular_lm.train.saved_config import INIT_KEY, find_initial, read_config
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def _inherited(config: TrainConfig) -> TrainConfig:
     if initial is not None:
         saved = read_config(find(initial, INIT_KEY))
         names = saved.model.module_names
-        if scale is None and saved.model.module_agg == "sum" and not has_one_chunk(saved):
+        trained = not has_one_chunk(saved.model, saved.data.seq_len)
+        if scale is None and saved.model.module_agg == "sum" and trained:
             scale = saved.model.module_sum_scale
     if new in names:
         raise ConfigError(

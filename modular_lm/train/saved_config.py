@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modular_lm.config import ModelConfig, TrainConfig
+from modular_lm.config.checks import has_one_chunk
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
 from modular_lm.model.sizes import BASE, sizes_of
@@ -46,12 +47,6 @@ def read_config(folder: Path) -> TrainConfig:
     return config
 
 
-def has_one_chunk(config: TrainConfig) -> bool:
-    """Whether a sample is one chunk, so that aggregation sites never run: a dense model."""
-    length = config.model.module_seq_len
-    return length is None or length >= config.data.seq_len
-
-
 def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
     """The checkpoint that `checkpoint.init_ckpt_path` of a resolved config names.
 
@@ -68,13 +63,13 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
             f"({_named(tokenizer)}); set data.tokenizer.name and data.tokenizer.path to it"
         )
     differing = _differences(saved.model, config.model)
-    if not has_one_chunk(saved):
+    if not has_one_chunk(saved.model, saved.data.seq_len):
         differing += _site_differences(saved.model, config.model)
     reading = _reading_differences(saved.model, config.model)
     if config.model.module_route != BASE:
         # What the base computes would no longer be what it was.
         differing += reading
-    elif reading and not has_one_chunk(saved):
+    elif reading and not has_one_chunk(saved.model, saved.data.seq_len):
         log.warning("%s=%s: was trained with %s", INIT_KEY, folder, "; ".join(reading))
     if differing:
         raise ConfigError(
