@@ -22,8 +22,8 @@ from modular_lm.model.lm import LanguageModel
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.train.checkpoint import load_for_inference, read_config, save_model
 from ray_jobs.convert import main
+from tests.support import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 TOKENIZER = build_tokenizer(TokenizerConfig())
 BASE = (
     "data.seq_len=32 model.dim=16 model.n_layers=2 model.n_heads=4 model.n_kv_heads=2 "
