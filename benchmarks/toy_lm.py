@@ -109,7 +109,7 @@ def train_and_score(run: Run) -> Outcome:
     started = monotonic()
     tokenizer = build_tokenizer(TokenizerConfig())
     model = _build(run, tokenizer.n_words)
-    data = Dataset(DataConfig(seq_len=SEQ_LEN, seed=run.seed), tokenizer)
+    data = Dataset(DataConfig(seq_len=SEQ_LEN, seed=run.seed), tokenizer, run.batch_size)
     _train(model, LocalLoader(data, run.batch_size, rank=0, world_size=1), run)
     return Outcome(
         run=run,

@@ -1,17 +1,22 @@
-"""Ray Data as the feed of the training workers: plan -> parallel reads -> ordered blocks -> ranks.
+"""Ray Data as the feed of the training workers: plan -> reading tasks -> ordered deliveries.
 
-The driver describes the stream by a few integers (`Stream`); `ray.data.range` numbers its
-deliveries, a map reads each, and `streaming_split` hands delivery j to rank j % world_size. A
-delivery is the rows of one rank for a few consecutive steps. It travels as ONE row of one block,
-so that Ray Data cannot split or rebalance it: the splitter gives the next block to the rank with
-the fewest rows (the lowest one of several), which is then round robin by construction. Every
-delivery carries its global sample indices and `deliveries_to_steps` checks them.
+A delivery is the rows of one rank for a few consecutive steps. `Stream` cuts a run into
+deliveries, deliveries into segments, segments into executions, by a few integers. Each rank runs
+its own executions of Ray Data, one after the other: a segment is one task, a generator that reads
+delivery after delivery and pauses while the rank has enough; the next segment's task takes over
+where it ends, and the next execution is started while the last segment of this one is read.
+
+Per rank and not one execution split among all, because then there is no barrier between ranks, no
+coordinator whose node may be lost, and each delivery is its rank's by construction. What is
+started, queued or read again after a fault is bounded by a segment, however long the run is. Every
+delivery carries its global sample indices, which the trainer checks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,85 +26,168 @@ import ray.data
 import ray.train
 
 from modular_lm.data.dataset import Dataset, StepRows, rank_range
-from modular_lm.errors import ConfigError
 from modular_lm.train.run import Run
 
 DATASET = "train"
-_TOKENS_PER_DELIVERY = 1 << 20  # STACK: below this the cost of a task shows
-_MAX_DELIVERIES = 2_000  # ray.data.range takes about 3 ms for each before the first arrives
-_MAX_TOKENS_PER_DELIVERY = 1 << 25  # a few of them are held in memory at a time
+_TOKENS_PER_DELIVERY = 1 << 20  # below this the cost of handing over shows
+# What Ray Data may hold for a rank, in deliveries, beside those that its generator and its
+# iterator hold: `benchmarks.data ahead` counts at most 12 in all.
+_QUEUED_DELIVERIES = 4
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Steps start..stop-1 for `world_size` ranks, `steps_per_delivery` steps at a time."""
+    """Steps start..stop-1 for `world_size` ranks, `steps_per_delivery` steps at a time.
+
+    A segment is what is read again when its task or its node dies; each segment of an execution
+    adds some milliseconds to its start.
+    """
 
     start: int
     stop: int
     world_size: int
     global_batch_size: int
     steps_per_delivery: int
+    deliveries_per_segment: int = 64
+    segments_per_execution: int = 16
 
     @classmethod
     def plan(
         cls, start: int, stop: int, world_size: int, global_batch_size: int, seq_len: int
     ) -> Stream:
-        """Choose the size of a delivery: large enough to be cheap, few enough to start quickly.
-
-        Raises ConfigError for more tokens than one stream carries.
-        """
+        """Choose the size of a delivery: as many steps as make it cheap to hand over."""
         rank_tokens = max(1, global_batch_size * seq_len // world_size)
         cheap = max(1, _TOKENS_PER_DELIVERY // rank_tokens)
-        few = math.ceil((stop - start) * world_size / _MAX_DELIVERIES)
         # At least a few deliveries a rank, so that reading goes on beside training.
         early = max(1, (stop - start) // 8)
-        steps = max(min(cheap, early), few)
-        if steps * rank_tokens > _MAX_TOKENS_PER_DELIVERY and steps > 1:
-            largest = max(1, _MAX_TOKENS_PER_DELIVERY // rank_tokens)
-            reach = start + max(1, _MAX_DELIVERIES // world_size) * largest
-            raise ConfigError(
-                f"steps={stop}: more than one command can stream to {world_size} workers in this "
-                f"version; go in stages: stop_at={reach}, then the same command with a later one"
-            )
-        return cls(start, stop, world_size, global_batch_size, steps)
+        return cls(start, stop, world_size, global_batch_size, min(cheap, early))
 
     @property
-    def deliveries(self) -> int:
-        return math.ceil((self.stop - self.start) / self.steps_per_delivery) * self.world_size
+    def segments(self) -> int:
+        """How many segments the stream of a rank has."""
+        return math.ceil(self._deliveries / self.deliveries_per_segment)
 
-    def steps_of(self, delivery: int) -> tuple[range, int]:
-        """The steps of a delivery and the rank it is for."""
-        turn, rank = divmod(delivery, self.world_size)
-        first = self.start + turn * self.steps_per_delivery
-        return range(first, min(first + self.steps_per_delivery, self.stop)), rank
+    @property
+    def _deliveries(self) -> int:
+        return math.ceil((self.stop - self.start) / self.steps_per_delivery)
+
+    def executions(self) -> Iterator[range]:
+        """The segments of each execution, in order."""
+        for first in range(0, self.segments, self.segments_per_execution):
+            yield range(first, min(first + self.segments_per_execution, self.segments))
+
+    def deliveries_of(self, segment: int) -> Iterator[range]:
+        """The steps of each delivery of a segment, in order."""
+        first = segment * self.deliveries_per_segment
+        for number in range(first, min(first + self.deliveries_per_segment, self._deliveries)):
+            step = self.start + number * self.steps_per_delivery
+            yield range(step, min(step + self.steps_per_delivery, self.stop))
+
+    def index(self, steps: range, rank: int) -> np.ndarray:
+        """The global sample indices of `rank` in these steps, [n]."""
+        batch = (self.global_batch_size, rank, self.world_size)
+        return np.concatenate([np.arange(*rank_range(s, *batch), dtype=np.int64) for s in steps])
 
 
-class ReadDelivery:
-    """Ray Data's map function: block {"id": [delivery]} -> its rows as one row of bytes."""
+class ReadSegment:
+    """Ray Data's map function: block {"id": [segment]} -> the deliveries of a rank in it.
 
-    def __init__(self, dataset: Dataset, stream: Stream) -> None:
-        self._dataset = dataset
-        self._stream = stream
+    Each is yielded as one row of bytes, in a block of its own.
+    """
 
-    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        (delivery,) = block["id"]
-        steps, rank = self._stream.steps_of(int(delivery))
-        batch = (self._stream.global_batch_size, rank, self._stream.world_size)
-        index = np.concatenate([np.arange(*rank_range(s, *batch), dtype=np.int64) for s in steps])
-        tokens = self._dataset.read(index)
-        return {
-            "first_step": [steps.start],
-            "index": [index.tobytes()],
-            "tokens": [tokens.tobytes()],
-            "dtype": [tokens.dtype.str],
-        }
+    def __init__(self, dataset: Dataset, stream: Stream, rank: int, first: int) -> None:
+        self._dataset, self._stream = dataset, stream
+        self._rank, self._first = rank, first
+
+    def __call__(self, block: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
+        (number,) = block["id"]
+        segment = self._first + int(number)
+        for steps in self._stream.deliveries_of(segment):
+            index = self._stream.index(steps, self._rank)
+            tokens = self._dataset.read(index)
+            yield {
+                "segment": [segment],
+                "first_step": [steps.start],
+                "index": [index.tobytes()],
+                "tokens": [tokens.tobytes()],
+                "dtype": [tokens.dtype.str],
+            }
+
+
+def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Iterator[Any]:
+    """Start an execution of Ray Data that reads these segments for `rank`; its deliveries.
+
+    Each is a batch of one row, as `ReadSegment` yields it.
+    """
+    numbers = ray.data.range(len(segments), override_num_blocks=len(segments))
+    read: Any = ReadSegment(dataset, stream, rank, segments.start)
+    deliveries = numbers.map_batches(
+        read,
+        batch_size=None,
+        batch_format="numpy",
+        # One task at a time suffices: it reads some hundred times faster than a GPU trains. It
+        # asks for no CPU, so that it never waits for the workers that wait for it.
+        compute=ray.data.TaskPoolStrategy(size=1),
+        num_cpus=0,
+    )
+    context = deliveries.context
+    # Blocks as they are yielded: Ray Data would join them until they are a hundred MiB.
+    context.target_min_block_size = context.target_max_block_size = 1
+    context.execution_options.preserve_order = True
+    size = stream.index(range(stream.start, stream.start + stream.steps_per_delivery), rank).size
+    limit = _QUEUED_DELIVERIES * size * (dataset.seq_len + 1) * dataset.token_bytes
+    options = context.execution_options
+    options.resource_limits = options.resource_limits.copy(object_store_memory=limit)
+    return iter(deliveries.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+
+
+def read_ahead(dataset: Dataset, stream: Stream, rank: int) -> Iterator[StepRows]:
+    """The rows of `rank` at each step of the stream, in order; Ray Data begins to read at once."""
+    pool = ThreadPoolExecutor(1, "ingest")
+
+    def start(segments: range) -> Future[Iterator[Any]]:
+        return pool.submit(lambda: _with_first(execute(dataset, stream, rank, segments)))
+
+    deliveries = _chained([*stream.executions()], start)
+    return deliveries_to_steps(deliveries, stream, rank, dataset.seq_len)
+
+
+def _chained(
+    executions: list[range], start: Callable[[range], Future[Iterator[Any]]]
+) -> Iterator[dict[str, Any]]:
+    """The deliveries of all executions; the first is started here and now, each other one while
+    the last segment of the one before is delivered."""
+    started = [start(executions[0])]
+
+    def deliveries() -> Iterator[dict[str, Any]]:
+        for number, segments in enumerate(executions):
+            for delivery in started.pop().result():
+                late = delivery["segment"][0] == segments[-1] and number + 1 < len(executions)
+                if late and not started:
+                    started.append(start(executions[number + 1]))
+                yield delivery
+
+    return deliveries()
+
+
+def _with_first(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, once the first of them is there."""
+    first = next(items, None)
+    if first is None:
+        return iter(())
+
+    def all_items() -> Iterator[Any]:
+        yield first
+        yield from items
+
+    return all_items()
 
 
 class PlanDataConfig(ray.train.DataConfig):
-    """Builds the stream when a worker group starts: then world size and start step are known.
+    """Gives the workers their feed when a worker group starts: then the world size is known.
 
-    Each worker group is an attempt of the run: its start step is decided, and recorded, here. No
-    stream is made where nothing is left to do.
+    Each worker group is an attempt of the run: its start step is decided, and recorded, here. There
+    is no feed where nothing is left to do.
     """
 
     def __init__(self, run: Run) -> None:
@@ -119,32 +207,13 @@ class PlanDataConfig(ray.train.DataConfig):
         start = run.begin_attempt([names[node] for node in worker_node_ids])
         if start >= run.stop_step:
             return [dict.fromkeys(datasets)] * world_size
-        dataset = run.dataset
-        stream = Stream.plan(
-            start, run.stop_step, world_size, run.global_batch_size, dataset.seq_len
-        )
-        iterators = stream_iterators(dataset, stream)
-        return [dict.fromkeys(datasets, iterators[rank]) for rank in range(world_size)]
-
-
-def stream_iterators(dataset: Dataset, stream: Stream) -> list[Any]:
-    """One Ray Data iterator of deliveries for each rank."""
-    options = ray.data.ExecutionOptions()
-    options.preserve_order = True
-    numbers = ray.data.range(stream.deliveries, override_num_blocks=stream.deliveries)
-    read: Any = ReadDelivery(dataset, stream)
-    deliveries = numbers.map_batches(read, batch_size=None, batch_format="numpy")
-    deliveries.context.execution_options = options
-    return deliveries.streaming_split(stream.world_size, equal=False)
+        batch = run.global_batch_size
+        stream = Stream.plan(start, run.stop_step, world_size, batch, run.dataset.seq_len)
+        return [dict.fromkeys(datasets, stream)] * world_size
 
 
 def deliveries_to_steps(
-    deliveries: Iterable[dict[str, Any]],
-    *,
-    seq_len: int,
-    global_batch_size: int,
-    rank: int,
-    world_size: int,
+    deliveries: Iterable[dict[str, Any]], stream: Stream, rank: int, seq_len: int
 ) -> Iterator[StepRows]:
     """Unpack deliveries (each a batch of one row) into the rows of single steps."""
     for delivery in deliveries:
@@ -154,7 +223,7 @@ def deliveries_to_steps(
         tokens = tokens.reshape(len(index), seq_len + 1)
         taken = 0
         while taken < len(index):
-            first, last = rank_range(step, global_batch_size, rank, world_size)
+            first, last = rank_range(step, stream.global_batch_size, rank, stream.world_size)
             n = last - first
             yield StepRows(step, index[taken : taken + n], tokens[taken : taken + n])
             taken, step = taken + n, step + 1

@@ -13,19 +13,11 @@ from modular_lm.config.load import to_dict
 from modular_lm.config.schema import ModelConfig, TrainConfig
 from modular_lm.errors import ConfigError
 
-# What decides the function that is trained and the order of its data: fixed for the life of a run.
-# Folders and files may move: the fingerprint of the data, not their paths, is held (dataset.py).
-FIXED = (
-    "seed",
-    "model",
-    "data.sources",
-    "data.seq_len",
-    "data.seed",
-    "data.tokenizer.name",
-    "data.document_mask",
-)
+# What decides the function that is trained: fixed for the life of a run. The data and their order
+# are held, too, but by a fingerprint of what they are, not by keys and paths (data/fingerprint.py).
+FIXED = ("seed", "model", "data.document_mask")
 # Say how a command ends or what it prints, not what it computes.
-_TRANSIENT = ("dry_run", "stop_at")
+_TRANSIENT = ("dry_run", "stop_at", "data.allow_change")
 
 
 def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
@@ -33,7 +25,8 @@ def resolve(config: TrainConfig, vocab_size: int) -> TrainConfig:
 
     `vocab_size` is the tokenizer's. Raises ConfigError where keys contradict each other.
     """
-    data = dataclasses.replace(config.data, sources=_normalised(config.data.sources))
+    sources = _normalised(config.data.sources, "data.sources")
+    data = dataclasses.replace(config.data, sources=sources, stages=_stages(config.data.stages))
     if data.seed is None:
         data = dataclasses.replace(data, seed=config.seed)
     model = resolve_model(config.model, config.data.seq_len, vocab_size)
@@ -87,12 +80,26 @@ def has_one_chunk(m: ModelConfig, seq_len: int) -> bool:
     return m.module_seq_len is None or m.module_seq_len >= seq_len
 
 
-def _normalised(sources: dict[str, float]) -> dict[str, float]:
+def _stages(stages: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """By step, and each with weights that sum to 1."""
+    for step in stages:
+        if not (step.isdecimal() and int(step) > 0):
+            raise ConfigError(
+                f"data.stages.{step}: expected a step > 0 from which its weights hold; those of "
+                "the beginning stand in data.sources"
+            )
+    return {
+        str(step): _normalised(weights, f"data.stages.{step}")
+        for step, weights in sorted((int(s), weights) for s, weights in stages.items())
+    }
+
+
+def _normalised(sources: dict[str, float], key: str) -> dict[str, float]:
     if not sources:
-        raise ConfigError("data.sources={}: expected at least one source")
+        raise ConfigError(f"{key}={{}}: expected at least one source")
     for name, weight in sources.items():
         if not (weight > 0 and math.isfinite(weight)):
-            raise ConfigError(f"data.sources.{name}={weight}: expected a weight > 0")
+            raise ConfigError(f"{key}.{name}={weight}: expected a weight > 0")
     total = sum(sources.values())
     # By name: the order in which a file lists its sources must not decide the order of the data.
     return {name: sources[name] / total for name in sorted(sources)}
@@ -181,6 +188,8 @@ def warnings_of(c: TrainConfig) -> list[str]:
             f"optim.warmup={c.optim.warmup} is longer than the run, steps={c.steps}: "
             f"the learning rate never reaches optim.lr={c.optim.lr:g}"
         )
+    if late := [step for step in c.data.stages if int(step) >= c.steps]:
+        found.append(f"data.stages.{late[0]} is never reached: the run ends after steps={c.steps}")
     m, chunk = c.model, c.model.module_seq_len
     if m.module_agg != "drop":
         key = f"model.module_agg={m.module_agg}"

@@ -134,9 +134,11 @@ def _parse_value(cls: type, dotted: str, raw: str) -> Any:
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for i, parent in enumerate(parents):
-        child = values.setdefault(parent, {})
+        # YAML reads the step in `stages: {8000: ...}` as a number.
+        key = next((k for k in values if str(k) == parent), parent)
+        child = values.setdefault(key, {})
         if child is None:
-            child = values[parent] = {}
+            child = values[key] = {}
         if not isinstance(child, dict):
             raise ConfigError(
                 f"{dotted}: {'.'.join(parents[: i + 1])} is a value, not a group of keys"

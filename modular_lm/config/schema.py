@@ -19,6 +19,7 @@ Mixer = Literal["attention"]
 Scheduler = Literal["cosine", "linear", "constant"]
 FsdpType = Literal["full_shard", "shard_grad_op"]
 Dtype = Literal["fp32", "bf16"]
+Loader = Literal["ray", "local"]
 SourceFormat = Literal["hf", "meta", "torch", "dcp"]
 TargetFormat = Literal["dcp", "torch", "hf"]
 ModulesAction = Literal["list", "add", "export", "import", "merge"]
@@ -62,6 +63,16 @@ class DataConfig:
     )
     sources: dict[str, float] = key(
         {"builtin": 1.0}, "source name -> sampling weight (normalised to sum to 1)"
+    )
+    stages: dict[str, dict[str, float]] = key(
+        {}, "step -> {source: weight} that replace `sources` from that step on"
+    )
+    loader: Loader = key(
+        "ray",
+        "ray: tasks of Ray Data read ahead; local: each worker reads for itself (as torchrun does)",
+    )
+    allow_change: bool = key(
+        False, "continue a run although its data or their order have changed; recorded"
     )
     seq_len: int = key(2048, "tokens per training sample", ge=1)
     batch_size: int = key(8, "samples per worker and micro-step", ge=1)

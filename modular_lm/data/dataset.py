@@ -16,9 +16,12 @@ import numpy.typing as npt
 
 from modular_lm.config.schema import DataConfig
 from modular_lm.data.builtin import BUILTIN, ensure_builtin
-from modular_lm.data.plan import DataPlan, Int64s, Source
+from modular_lm.data.fingerprint import Fingerprint
+from modular_lm.data.mixture import Int64s, Stage
+from modular_lm.data.permutation import Blocks
+from modular_lm.data.plan import ORDER, DataPlan, Source
 from modular_lm.data.reader import SourceReader, open_sources
-from modular_lm.errors import ConfigError, DataError
+from modular_lm.errors import ConfigError
 from modular_lm.tokenizer import Tokenizer
 
 
@@ -37,10 +40,11 @@ class StepRows:
 class Dataset:
     """Sources of token shards under a plan; picklable, so that tasks on other nodes can read it.
 
+    global_batch_size: samples per step, by which `data.stages` turns steps into samples.
     Raises ConfigError or DataError for sources that are missing, foreign or too small.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, global_batch_size: int) -> None:
         assert config.seed is not None, "Dataset takes a resolved config"
         self.seq_len = config.seq_len
         self.folders = source_folders(config, tokenizer)
@@ -49,10 +53,17 @@ class Dataset:
             _check_borders(self.folders, self._readers)
         self.tokenizer = tokenizer
         sources = [
-            Source(name, weight, reader.n_windows(config.seq_len))
-            for (name, weight), reader in zip(config.sources.items(), self._readers, strict=True)
+            Source(name, reader.n_windows(config.seq_len))
+            for name, reader in zip(self.folders, self._readers, strict=True)
         ]
-        self.plan = DataPlan(sources, config.seed)
+        stages = [
+            Stage(0, config.sources, "data.sources"),
+            *(
+                Stage(int(step) * global_batch_size, weights, f"data.stages.{step}")
+                for step, weights in config.stages.items()
+            ),
+        ]
+        self.plan = DataPlan(sources, stages, config.seed, Blocks.for_seq_len(config.seq_len))
 
     def read(self, index: Int64s) -> npt.NDArray[np.integer]:
         """The samples of the global indices `index` [n] -> tokens [n, seq_len + 1]."""
@@ -65,21 +76,28 @@ class Dataset:
                 tokens[mine] = reader.windows(where.position[mine], self.seq_len)
         return tokens
 
-    def fingerprint(self) -> dict[str, str]:
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token as it is stored and read."""
+        return np.dtype(self._readers[0].manifest.dtype).itemsize
+
+    def fingerprint(self) -> Fingerprint:
         """What decides the order and the content of the samples, as name -> value.
 
         Two runs with equal fingerprints see the same tokens at the same step (given equal global
         batch sizes).
         """
         parts = {
+            "data.order": str(ORDER),
             "data.seed": str(self.plan.seed),
             "data.seq_len": str(self.seq_len),
             "data.tokenizer": self.tokenizer.content_hash,
         }
-        for source, reader in zip(self.plan.sources, self._readers, strict=True):
-            parts[f"data.sources.{source.name}"] = (
-                f"weight {source.weight:.6g}, shards {reader.manifest.fingerprint[:16]}"
-            )
+        for stage in self.plan.stages:
+            for name, weight in stage.weights.items():
+                parts[f"{stage.key}.{name}"] = f"{weight:.9g}"
+        for name, reader in zip(self.folders, self._readers, strict=True):
+            parts[f"data.shards.{name}"] = reader.manifest.fingerprint[:16]
         return parts
 
 
@@ -104,18 +122,24 @@ def _check_borders(folders: dict[str, Path], readers: list[SourceReader]) -> Non
             )
 
 
+def source_names(config: DataConfig) -> list[str]:
+    """The sources that are drawn at some step, by name."""
+    return sorted({*config.sources, *(name for names in config.stages.values() for name in names)})
+
+
 def source_folders(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Path]:
     """The folder of each source; prepares the built-in corpus where it is asked for and missing."""
-    named = [name for name in config.sources if name != BUILTIN]
+    names = source_names(config)
+    named = [name for name in names if name != BUILTIN]
     folders = open_sources(config.root_dir, named, tokenizer) if named else {}
-    if BUILTIN in config.sources:
+    if BUILTIN in names:
         folders[BUILTIN] = ensure_builtin(config.tokenizer)
-    return {name: folders[name] for name in config.sources}
+    return {name: folders[name] for name in names}
 
 
 def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError or DataError unless the prepared sources are there; prepares nothing."""
-    if named := [name for name in config.sources if name != BUILTIN]:
+    if named := [name for name in source_names(config) if name != BUILTIN]:
         open_sources(config.root_dir, named, tokenizer)
 
 
@@ -126,6 +150,17 @@ def rank_range(step: int, global_batch_size: int, rank: int, world_size: int) ->
         first + global_batch_size * rank // world_size,
         first + global_batch_size * (rank + 1) // world_size,
     )
+
+
+def micro_batches(
+    tokens: npt.NDArray[np.integer], most: int, batch_size: int
+) -> list[npt.NDArray[np.integer]]:
+    """Split the rows of a rank into micro-batches of up to `batch_size`.
+
+    most: the rows of the fullest rank. Every rank makes as many passes as that one needs, for they
+    gather weights together; parts are ragged, and may be empty, where rows do not divide evenly.
+    """
+    return np.array_split(tokens, -(-most // batch_size))
 
 
 class LocalLoader:
@@ -142,15 +177,3 @@ class LocalLoader:
         for step in range(start, stop):
             index = np.arange(*rank_range(step, *self._batch), dtype=np.int64)
             yield StepRows(step, index, self._dataset.read(index))
-
-
-def check_fingerprint(stored: dict[str, str], current: dict[str, str]) -> None:
-    """Raise DataError, naming every difference, unless the data are those the run began with."""
-    names = sorted(stored.keys() | current.keys())
-    changed = [n for n in names if stored.get(n) != current.get(n)]
-    if changed:
-        listed = "; ".join(f"{n}: {stored.get(n)} -> {current.get(n)}" for n in changed)
-        raise DataError(
-            f"the data of this run have changed since it began: {listed}; restore them, or use "
-            "another dump_dir for a new run"
-        )

@@ -10,10 +10,13 @@ these kinds and fields:
 
     created         uid, name, global_batch_size, batch_size, grad_acc_steps, data (fingerprint),
                     init_ckpt_path
-    attempt         attempt, start_step, world_size, hosts, config_changes ("key: old -> new", ...),
+    attempt         attempt, start_step, steps_again (done before, behind the checkpoint, and to
+                    be done again), world_size, hosts, config_changes ("key: old -> new", ...),
+                    data_changes (likewise, allowed by data.allow_change), data (fingerprint),
                     init_ckpt_path (of the first)
     failure         attempt, reason
-    checkpoint      step, path, bytes, seconds
+    checkpoint      step, path, data_digest (of all samples seen), bytes, seconds; the last three
+                    are missing where the writer was killed before it could tell
     validation      step, and its results
     stop_requested  reason
     end             status (done | stopped | failed), step, exit_code, reason
@@ -31,6 +34,7 @@ import errno
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +86,11 @@ class RunFolder:
     def ray(self) -> Path:
         """Ray's own storage, and the stop request."""
         return self.path / "ray"
+
+    @property
+    def last_step(self) -> StepMark:
+        """The last step that was done, saved or not."""
+        return StepMark(self.ray / "last_step")
 
     @property
     def events_file(self) -> Path:
@@ -195,6 +204,36 @@ class JsonLines:
                     else:
                         new.write(raw)
         return dropped
+
+
+class StepMark:
+    """A number of steps in a file of its own, cheap enough to be written at every step.
+
+    Survives the death of its writer; not, for certain, that of the machine.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def write(self, step: int) -> None:
+        """Replace the number. Raises RunFailedError on a full disk."""
+        with full_disk_named(self._path):
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+                weakref.finalize(self, os.close, self._descriptor)
+            os.pwrite(self._descriptor, b"%20d\n" % step, 0)
+
+    def read(self) -> int:
+        """The number; 0 if none was written."""
+        try:
+            return int(self._path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def forget(self) -> None:
+        """Back to 0."""
+        self._path.unlink(missing_ok=True)
 
 
 def metric_values(line: Mapping[str, Any]) -> dict[str, float]:

@@ -56,11 +56,15 @@ _ADDED = ("aggs.", "columns.")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where training stands: `step` optimizer steps are done, of `global_batch_size` samples."""
+    """Where training stands: `step` optimizer steps are done, of `global_batch_size` samples.
+
+    data_digest: hexadecimal, of all samples seen (`data.fingerprint.digest`).
+    """
 
     step: int
     global_batch_size: int
     tokens: int
+    data_digest: str
 
 
 # ------------------------------------------------------------------ writing
@@ -113,6 +117,7 @@ def save(
     return {
         "step": state.step,
         "path": str(folder),
+        "data_digest": state.data_digest,
         "bytes": sum(entry["bytes"] for entry in listing.values()),
         "seconds": round(time.perf_counter() - began, 3),
     }

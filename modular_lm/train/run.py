@@ -30,8 +30,9 @@ from modular_lm.config.checks import (
     warnings_of,
 )
 from modular_lm.config.load import from_dict
-from modular_lm.data.dataset import Dataset, check_fingerprint
-from modular_lm.errors import CheckpointError, ConfigError, reason
+from modular_lm.data.dataset import Dataset
+from modular_lm.data.fingerprint import differences
+from modular_lm.errors import CheckpointError, ConfigError, DataError, reason
 from modular_lm.files import write_text_atomic
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
@@ -136,6 +137,7 @@ class Run:
     global_batch_size: int
     stop_step: int
     config_changes: tuple[str, ...]
+    data_changes: tuple[str, ...]
     is_new: bool
     launched_at: str = ""
 
@@ -160,6 +162,7 @@ class Run:
             # Lines of an earlier run that was given up before its first checkpoint.
             self.folder.metrics.cut_after(0)
             self.folder.eval_metrics.cut_after(0)
+            self.folder.last_step.forget()
             self.folder.append_event(
                 "created",
                 uid=uuid.uuid4().hex,
@@ -183,9 +186,12 @@ class Run:
             "attempt",
             attempt=attempts + 1,
             start_step=start,
+            steps_again=max(0, self.folder.last_step.read() - start),
             world_size=len(hosts),
             hosts=sorted(set(hosts)),
             config_changes=list(self.config_changes),
+            data_changes=list(self.data_changes),
+            data=self.dataset.fingerprint(),
             init_ckpt_path=None if start else self.config.checkpoint.init_ckpt_path,
         )
         return start
@@ -234,19 +240,37 @@ def open_run(config: TrainConfig, tokenizer: Tokenizer, world_size: int) -> Run:
     implied = global_batch_size(config, world_size)
     if created is None or newest_step(folder.checkpoints) == 0:
         # Nothing was saved yet, so nothing can be contradicted.
-        dataset = Dataset(config.data, tokenizer)
+        dataset = Dataset(config.data, tokenizer, implied)
         same = created is not None and _is_same_run(config, folder, dataset, implied, created)
-        return Run(config, folder, tokenizer, dataset, implied, stop_step, (), not same)
+        return Run(config, folder, tokenizer, dataset, implied, stop_step, (), (), not same)
     refused, allowed = changes(_stored_config(folder, tokenizer), config)
     if refused:
         raise ConfigError(
             f"dump_dir={folder.path}: holds a run whose {'; '.join(refused)}: these cannot change "
             "within a run; use another dump_dir (or name) for a new one"
         )
-    dataset = Dataset(config.data, tokenizer)
-    check_fingerprint(created["data"], dataset.fingerprint())
     batch = _stored_batch(config, created, implied, world_size)
-    return Run(config, folder, tokenizer, dataset, batch, stop_step, tuple(allowed), False)
+    dataset = Dataset(config.data, tokenizer, batch)
+    changed = _data_changes(config, folder, dataset)
+    return Run(
+        config, folder, tokenizer, dataset, batch, stop_step, tuple(allowed), changed, is_new=False
+    )
+
+
+def _data_changes(config: TrainConfig, folder: RunFolder, dataset: Dataset) -> tuple[str, ...]:
+    """How the data differ from those that the run has seen so far.
+
+    Raises DataError for a difference, unless `data.allow_change` is set.
+    """
+    seen = next(e["data"] for e in reversed(list(folder.events())) if "data" in e)
+    changed = differences(seen, dataset.fingerprint(), newest_step(folder.checkpoints))
+    if changed and not config.data.allow_change:
+        raise DataError(
+            f"the data of this run have changed since it began: {'; '.join(changed)}; restore "
+            "them, use another dump_dir for a new run, add data.stages to change weights from a "
+            "later step on, or set data.allow_change=true to go on with other data"
+        )
+    return tuple(changed)
 
 
 def _stored_config(folder: RunFolder, tokenizer: Tokenizer) -> TrainConfig:

@@ -21,7 +21,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from modular_lm.config import TrainConfig
-from modular_lm.data.dataset import StepRows, document_ids, rank_range
+from modular_lm.data.dataset import StepRows, document_ids, micro_batches, rank_range
+from modular_lm.data.fingerprint import digest
 from modular_lm.errors import RunFailedError
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
 from modular_lm.eval.positions import write_curves
@@ -52,13 +53,15 @@ class Callbacks:
     """What happens beside the loop. Every rank calls them; most act on rank 0 only.
 
     metrics: a training line; evaluation: a line of validation metrics; saved: a complete
-    checkpoint; stop: asked before each step, a reason if this rank was told to stop.
+    checkpoint; stop: asked before each step, a reason if this rank was told to stop; stepped:
+    after each step, how many are done.
     """
 
     metrics: Callable[[dict[str, Any]], None]
     evaluation: Callable[[dict[str, Any]], None]
     saved: Callable[[dict[str, Any]], None]
     stop: Callable[[], str | None]
+    stepped: Callable[[int], None]
 
 
 @dataclass
@@ -91,7 +94,9 @@ class Trainer:
         c = self.config
         self.model = build_model(c, self.world)
         self.optimizer = build_optimizer(self.model, c.optim)
-        self.step = 0
+        self.step = self.tokens = 0
+        # Of the samples seen so far: this rank's part of the digest of all of them.
+        self._seen = 0
         self.last_loss: float | None = None
         self._saved_step = 0
         self._clock = Stopwatch()
@@ -118,6 +123,9 @@ class Trainer:
                 f"expected step {start_step} of {self.global_batch_size}"
             )
         self.step = self._saved_step = start_step
+        self.tokens = state.tokens
+        if self.world.rank == 0:
+            self._seen = int(state.data_digest, 16)
         log.info("resumed at step %d from %s", start_step, folder)
 
     def _begin(self) -> None:
@@ -139,7 +147,10 @@ class Trainer:
             rows = self._next(steps)
             result = self._optimize(rows)
             self.step += 1
+            self.tokens += self._tokens_per_step
+            self._seen += digest(rows.index, rows.tokens)
             self._clock.steps += 1
+            self.callbacks.stepped(self.step)
             if self.step % self.config.logging.freq == 0 or self.step in (1, stop_step):
                 self._report(result)
             self._after_step(stop_step)
@@ -167,7 +178,8 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.config.steps, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = self._micro_batches(rows)
+        most = -(-self.global_batch_size // self.world.size)
+        parts = micro_batches(rows.tokens, most, self.config.data.batch_size)
         nll = torch.zeros((), device=self.world.device)
         for i, part in enumerate(parts):
             sync_gradients(self.model, i == len(parts) - 1)
@@ -187,15 +199,6 @@ class Trainer:
         if self.config.data.document_mask:
             documents = torch.from_numpy(document_ids(rows[:, :-1], self.tokenizer)).to(device)
         return self.model(tokens[:, :-1], tokens[:, 1:], documents).sum()
-
-    def _micro_batches(self, rows: StepRows) -> list[np.ndarray]:
-        """Split this rank's rows into as many parts as the fullest rank needs.
-
-        Every rank makes the same number of passes, for they gather weights together; parts are
-        ragged, and may be empty, where the global batch does not divide evenly.
-        """
-        most = -(-self.global_batch_size // self.world.size)
-        return np.array_split(rows.tokens, -(-most // self.config.data.batch_size))
 
     def _idle(self) -> torch.Tensor:
         """A pass without weight, for a rank that has no rows left while others have.
@@ -233,7 +236,8 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
-        state = TrainState(self.step, self.global_batch_size, self.step * self._tokens_per_step)
+        seen = self._digest(*self.world.sum(*self._halves()))
+        state = TrainState(self.step, self.global_batch_size, self.tokens, seen)
         with self._paused():
             saved = checkpoint.save(
                 self.folder.checkpoints,
@@ -258,7 +262,8 @@ class Trainer:
     def _report(self, result: _StepResult) -> None:
         """Hand the metrics line of the step just done to the callback. A collective."""
         n_bytes = text_bytes(self.tokenizer, result.rows.tokens)
-        nll, total_bytes = self.world.sum(result.nll.item(), float(n_bytes))
+        mine = (result.nll.item(), float(n_bytes), *self._halves())
+        nll, total_bytes, low, high = self.world.sum(*mine)
         norm = result.grad_norm
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -270,11 +275,21 @@ class Trainer:
                 "loss/bpb": bits_per_byte(nll, int(total_bytes)),
                 "optim/lr": result.lr,
                 "optim/grad_norm": norm.item(),
-                "optim/total_tokens": self.step * self._tokens_per_step,
+                "optim/total_tokens": self.tokens,
+                "data/digest": self._digest(low, high),
                 **self._clock.read(self._tokens_per_step, self._flops_per_token, self._peak),
                 **memory_mib(self.world.device),
             }
         )
+
+    def _halves(self) -> tuple[float, float]:
+        """`_seen` as two numbers that can be summed exactly in fp64 over all ranks."""
+        return float(self._seen % 2**32), float(self._seen // 2**32 % 2**32)
+
+    @staticmethod
+    def _digest(low: float, high: float) -> str:
+        """The digest of all samples seen, 16 hexadecimal digits, from the sums of `_halves`."""
+        return f"{(int(low) + (int(high) << 32)) % 2**64:016x}"
 
 
 def _due(step: int, every: int) -> bool:

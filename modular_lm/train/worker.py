@@ -44,13 +44,19 @@ def train_rank(
     def stop() -> str | None:
         return folder.stop_requested() if leads else None
 
+    mark = folder.last_step
+
+    def stepped(step: int) -> None:
+        if leads:
+            mark.write(step)
+
     trainer = Trainer(
         c,
         world,
         folder,
         run.tokenizer,
         run.global_batch_size,
-        Callbacks(metrics, evaluation, saved, stop),
+        Callbacks(metrics, evaluation, saved, stop, stepped),
         _validation(run),
     )
     with _alone(run, world):

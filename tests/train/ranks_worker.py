@@ -89,6 +89,7 @@ class Lines:
             self.told["evaluation"].append,
             self.told["saved"].append,
             self._stop,
+            lambda _: None,
         )
 
     def _stop(self) -> str | None:

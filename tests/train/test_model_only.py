@@ -266,7 +266,7 @@ def trainer(world: World, folder: Path, lines: list[dict[str, Any]], *args: str)
     def nothing(line: dict[str, Any]) -> None:
         return None
 
-    callbacks = Callbacks(lines.append, nothing, nothing, lambda: None)
+    callbacks = Callbacks(lines.append, nothing, nothing, lambda: None, lambda _: None)
     return Trainer(config(*args), world, RunFolder(folder), TOKENIZER, G, callbacks)
 
 

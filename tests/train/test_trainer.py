@@ -60,7 +60,9 @@ class Recorder:
         self._stop_after = stop_after
 
     def callbacks(self) -> Callbacks:
-        return Callbacks(self.lines.append, self.lines.append, self._saved, self._stop)
+        return Callbacks(
+            self.lines.append, self.lines.append, self._saved, self._stop, lambda _: None
+        )
 
     def _saved(self, saved: dict[str, Any]) -> None:
         self.saves.append(saved["step"])
