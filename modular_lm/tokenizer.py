@@ -89,8 +89,14 @@ def build_tokenizer(config: TokenizerConfig, *, key: str = "data.tokenizer") -> 
     """Load the tokenizer that `config` names.
 
     `key` is where the config lives in the job's tree, for messages. Raises ConfigError if the path
-    is missing, holds no model of this kind, or names an encoding that cannot be downloaded.
+    is missing, holds no model of this kind, or names an encoding that cannot be downloaded, and for
+    a name that is only `prepare`'s to download.
     """
+    if config.name not in KINDS:
+        raise ConfigError(
+            f"{key}.name={config.name}: run `python -m ray_jobs.prepare dst=DATA "
+            f"tokenizer={config.name} download_only=true` and give the name and path it prints"
+        )
     where = f"{key}.path={'null' if config.path is None else config.path}"
     return _TableTokenizer(config.name, config.path, KINDS[config.name](config.path, where))
 

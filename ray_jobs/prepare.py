@@ -8,14 +8,18 @@ prepared in this process.
 from __future__ import annotations
 
 import pickle
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modular_lm.cli import run_job
-from modular_lm.config import PrepareConfig
+from modular_lm.config import PrepareConfig, TokenizerConfig
 from modular_lm.data.builtin import BUILTIN, BUILTIN_DEFAULTS, ensure_builtin, prepare_builtin
+from modular_lm.data.hub import fetch_dataset, fetch_tokenizer
 from modular_lm.data.manifest import SPLITS, Manifest
 from modular_lm.data.prepare import plan_sources, run_plans, serial
 from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
@@ -26,11 +30,20 @@ USAGE = "python -m ray_jobs.prepare src=TEXT dst=SHARDS tokenizer.name=sp tokeni
 
 
 def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
-    """Prepare all sources below `config.src`; prints a table of them and returns the exit code."""
-    if config.src == BUILTIN:
+    """Prepare all sources below `config.src`, or the data set that `config` names.
+
+    Prints a table of them and what training needs to know; returns the exit code.
+    """
+    config = replace(config, tokenizer=fetch_tokenizer(config))
+    build_tokenizer(config.tokenizer, key="tokenizer")  # before much is downloaded for it
+    named = fetch_dataset(config)
+    if config.download_only:
+        print(_next_steps(config), flush=True)
+        return EXIT_DONE
+    if named is None and config.src == BUILTIN:
         folder, manifests = _builtin(config, given)
     else:
-        plans = plan_sources(config)
+        plans = plan_sources(config, named)
         folder = plans[0].folder.parent
         if all(plan.done for plan in plans):
             manifests = run_plans(plans, serial)
@@ -40,7 +53,35 @@ def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
             with ray_session():
                 manifests = run_plans(plans, on_ray_data)
     print(f"sources in {folder}:\n{format_table(manifests)}", flush=True)
+    if config.dst is not None:
+        sources = {manifest.source: 1.0 for manifest in manifests}
+        print(f"to train on them: {training_keys(folder, sources, config.tokenizer)}", flush=True)
     return EXIT_DONE
+
+
+def training_keys(folder: Path, sources: dict[str, float], tokenizer: TokenizerConfig) -> str:
+    """The arguments of `ray_jobs.train` for these sources and weights, quoted for a shell."""
+    weights = ", ".join(f"{name}: {weight}" for name, weight in sources.items())
+    return shlex.join([f"data.root_dir={folder}", f"data.sources={{{weights}}}"]) + (
+        f" {_tokenizer_keys(tokenizer, 'data.')}"
+    )
+
+
+def _tokenizer_keys(tokenizer: TokenizerConfig, group: str = "") -> str:
+    keys = [f"{group}tokenizer.name={tokenizer.name}"]
+    if tokenizer.path is not None:
+        keys.append(f"{group}tokenizer.path={tokenizer.path}")
+    return shlex.join(keys)
+
+
+def _next_steps(config: PrepareConfig) -> str:
+    """What to do after `download_only`."""
+    args = [arg for arg in sys.argv[1:] if not arg.lstrip("-").startswith("download_only=")]
+    return (
+        f"tokenizer: {_tokenizer_keys(config.tokenizer)}\n"
+        "all is on disk; where the work is to be done, with or without a network, run: "
+        f"python -m ray_jobs.prepare {shlex.join(args)}"
+    )
 
 
 def _builtin(config: PrepareConfig, given: dict[str, Any]) -> tuple[Path, list[Manifest]]:

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modular_lm.config.lingua import translate_lingua
-from modular_lm.config.schema import TrainConfig
+from modular_lm.config.schema import TokenizerConfig, TrainConfig
 from modular_lm.errors import ConfigError
 
 T = TypeVar("T")
@@ -167,6 +167,8 @@ def _build(cls: type[T], values: dict[str, Any], path: str) -> T:
         if dataclasses.is_dataclass(hint):
             if value is None:
                 continue
+            if isinstance(value, str) and hint is TokenizerConfig:
+                value = {"name": value}
             if not isinstance(value, dict):
                 names = ", ".join(_key_of(f) for f in dataclasses.fields(hint))
                 raise ConfigError(f"{full}={value!r}: expected a group of keys ({names})")

@@ -10,7 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TokenizerName = Literal["bytes", "sp", "tiktoken"]
+TokenizerName = Literal["bytes", "sp", "tiktoken", "llama2", "llama3", "gemma"]
+DatasetName = Literal[
+    "fineweb_edu",
+    "fineweb_edu_10bt",
+    "fineweb_edu_100bt",
+    "fineweb_edu_350bt",
+    "fineweb",
+    "fineweb_10bt",
+    "fineweb_100bt",
+    "fineweb_350bt",
+    "dclm_baseline_1.0",
+    "dclm_baseline_1.0_10prct",
+]
 Aggregation = Literal["drop", "avg", "mean", "sum", "stack"]
 Pool = Literal["mean", "last"]
 ColumnInit = Literal["copy", "fresh"]
@@ -50,7 +62,9 @@ def key(
 
 @dataclass
 class TokenizerConfig:
-    name: TokenizerName = key("bytes", "kind of tokenizer")
+    name: TokenizerName = key(
+        "bytes", "kind of tokenizer, or for prepare one to download; tokenizer=X is short for this"
+    )
     path: str | None = key(
         None, "sentencepiece model, tiktoken rank file, or the name of a tiktoken encoding"
     )
@@ -263,6 +277,15 @@ class PrepareConfig:
     )
     dst: str | None = key(
         None, "folder to write; one sub-folder per source; required unless builtin"
+    )
+    dataset: DatasetName | None = key(
+        None, "download this to src, by default dst/<dataset>, and prepare dst/<dataset>_shuffled"
+    )
+    revision: str | None = key(
+        None, "branch, tag or commit of the dataset; default: main as it is at the first download"
+    )
+    download_only: bool = key(
+        False, "stop when dataset and tokenizer are on disk: for a node with internet, without Ray"
     )
     tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer to use")
     seed: int = key(42, "seed of the global document shuffle", ge=0)

@@ -84,19 +84,20 @@ def serial(function: Callable[[T], R], tasks: Sequence[T]) -> Iterable[R]:
 # ------------------------------------------------------------------ plan
 
 
-def plan_sources(config: PrepareConfig) -> list[SourcePlan]:
+def plan_sources(config: PrepareConfig, named: Source | None = None) -> list[SourcePlan]:
     """Check configuration, tokenizer, inputs and what is in `dst` already; write nothing.
 
-    Raises ConfigError or DataError. Of the inputs it reads footers and first lines only.
+    named: the source to prepare, rather than those in `config.src`. Raises ConfigError or
+    DataError. Of the inputs it reads footers and first lines only.
     """
     if config.dst is None:
         raise ConfigError("dst=null: name the folder to write the prepared sources to")
     tokenizer = build_tokenizer(config.tokenizer, key="tokenizer")
-    sources = find_sources(Path(config.src))
+    sources = find_sources(Path(config.src)) if named is None else [named]
     dst, src = Path(config.dst).expanduser().resolve(), Path(config.src).expanduser().resolve()
     if dst.exists() and not dst.is_dir():
         raise ConfigError(f"dst={config.dst}: is a file; expected a folder")
-    if dst == src or src in dst.parents:
+    if named is None and (dst == src or src in dst.parents):
         raise ConfigError(f"dst={config.dst}: lies in src={config.src}; choose a folder outside")
     return [_plan_source(config, source, dst / source.name, tokenizer) for source in sources]
 
