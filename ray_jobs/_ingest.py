@@ -59,7 +59,7 @@ class Stream:
         rank_tokens = max(1, global_batch_size * seq_len // world_size)
         cheap = max(1, _TOKENS_PER_DELIVERY // rank_tokens)
         # At least a few deliveries a rank, so that reading goes on beside training.
-        early = max(1, (stop - start) // 8)
+        early = max(1, (stop - start) // 32)
         return cls(start, stop, world_size, global_batch_size, min(cheap, early))
 
     @property

@@ -18,6 +18,7 @@ import pytest
 from modular_lm.tracking.run_folder import RunFolder
 
 TIMEOUT = 480.0
+CHECKPOINT_EVERY = 10
 
 # A model of 30 k parameters whose samples have four chunks; every step is logged.
 TINY = [
@@ -31,7 +32,7 @@ TINY = [
     "model.module_seq_len=16",
     "model.module_agg=stack",
     "optim.warmup=5",
-    "checkpoint.dump.every=10",
+    f"checkpoint.dump.every={CHECKPOINT_EVERY}",
     "checkpoint.dump.keep=-1",
     "checkpoint.eval.every=0",
     "eval.validation.max_docs=4",
@@ -90,13 +91,42 @@ def losses(folder: RunFolder) -> dict[int, float]:
     return dict(lines)
 
 
+def assert_unharmed(folder: RunFolder, uninterrupted: RunFolder) -> None:
+    """That a run did, in the end, what the uninterrupted one did: same samples, same losses.
+
+    A digest stands for all samples and tokens up to its step, so equal digests at every step mean
+    equal (step, sample indices, tokens). What was done twice is in the event log.
+    """
+    assert losses(folder) == losses(uninterrupted)
+    assert digests(folder) == digests(uninterrupted)
+    attempts = [event for event in folder.events() if event["event"] == "attempt"]
+    assert attempts[0]["start_step"] == attempts[0]["steps_again"] == 0
+    for attempt in attempts:
+        assert 0 <= attempt["steps_again"] <= CHECKPOINT_EVERY
+        assert attempt["start_step"] % CHECKPOINT_EVERY == 0
+
+
+def digests(folder: RunFolder) -> dict[int, str]:
+    """The digest of all samples seen up to every logged step."""
+    return {line["global_step"]: line["data/digest"] for line in folder.metrics}
+
+
 def train_workers(environment: dict[str, str]) -> list[psutil.Process]:
     """The Ray Train worker processes of the session's Ray."""
+    return _ray_processes(environment, "RayTrainWorker")
+
+
+def reading_tasks(environment: dict[str, str]) -> list[psutil.Process]:
+    """The processes of the session's Ray in which Ray Data reads right now."""
+    return _ray_processes(environment, "ReadSegment")
+
+
+def _ray_processes(environment: dict[str, str], what: str) -> list[psutil.Process]:
     token = environment["RAY_AUTH_TOKEN_PATH"]
     found = []
     for process in psutil.process_iter(["cmdline"]):
         name = (process.info["cmdline"] or [""])[0]
-        if name.startswith("ray::") and "RayTrainWorker" in name:
+        if name.startswith("ray::") and what in name:
             try:
                 if process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
                     found.append(process)

@@ -1,6 +1,7 @@
-"""`make chaos`: workers and drivers killed at random moments; the run must not notice.
+"""Drivers, workers and reading tasks killed at random moments; the run must not notice.
 
-CHAOS_ROUNDS (default 5) kills of each kind; CHAOS_SEED makes a failure repeatable.
+One of each in `make test` (a worker's is in `test_train_job`). `make chaos` kills CHAOS_ROUNDS
+(default 10) of each kind; CHAOS_SEED makes a failure repeatable.
 """
 
 from __future__ import annotations
@@ -14,11 +15,22 @@ from pathlib import Path
 import pytest
 
 from modular_lm.tracking.run_folder import RunFolder
-from tests.support import TINY, Jobs, finish, losses, train_workers, wait_until
+from tests.support import (
+    TINY,
+    Jobs,
+    assert_unharmed,
+    finish,
+    reading_tasks,
+    train_workers,
+    wait_until,
+)
 
-ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-pytestmark = [pytest.mark.chaos, pytest.mark.e2e, pytest.mark.timeout(900)]
+CHAOS = [
+    pytest.param(number, marks=pytest.mark.chaos)
+    for number in range(1, 1 + int(os.environ.get("CHAOS_ROUNDS", "10")))
+]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def reach(folder: RunFolder, step: int, job: subprocess.Popen) -> None:
@@ -29,28 +41,45 @@ def reach(folder: RunFolder, step: int, job: subprocess.Popen) -> None:
     )
 
 
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("number", CHAOS)
 def test_a_worker_killed_at_a_random_step(
-    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, round_: int
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, number: int
 ) -> None:
-    moment = random.Random(f"{SEED} worker {round_}")
+    moment = random.Random(f"{SEED} worker {number}")
     folder = RunFolder(tmp_path / "run")
     job = jobs.start("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
-    reach(folder, moment.randint(1, 40), job)
+    reach(folder, moment.randint(1, 38), job)
     moment.choice(train_workers(jobs.environment)).send_signal(signal.SIGKILL)
     finish(job)
-    assert losses(folder) == losses(uninterrupted)
+    assert_unharmed(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("number", [0, *CHAOS])
 def test_the_driver_killed_at_a_random_step(
-    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, round_: int
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, number: int
 ) -> None:
-    moment = random.Random(f"{SEED} driver {round_}")
+    moment = random.Random(f"{SEED} driver {number}")
     folder = RunFolder(tmp_path / "run")
     job = jobs.start("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
     reach(folder, moment.randint(1, 36), job)
     job.send_signal(signal.SIGKILL)
     job.wait()
     jobs.run("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
-    assert losses(folder) == losses(uninterrupted)
+    assert_unharmed(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [0, *CHAOS])
+def test_a_reading_task_killed_at_a_random_step(
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, number: int
+) -> None:
+    """Ray Data runs it again, and the workers do not stop for it."""
+    moment = random.Random(f"{SEED} reader {number}")
+    folder = RunFolder(tmp_path / "run")
+    job = jobs.start("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
+    reach(folder, moment.randint(1, 20), job)
+    victims = reading_tasks(jobs.environment)
+    assert victims, "a run of 40 deliveries is still being read at step 20"
+    moment.choice(victims).send_signal(signal.SIGKILL)
+    finish(job)
+    assert_unharmed(folder, uninterrupted)
+    assert [event["event"] for event in folder.events()].count("attempt") == 1

@@ -7,11 +7,27 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
+from modular_lm.config import TrainConfig
+from modular_lm.config.load import from_dict
+from modular_lm.data.dataset import Dataset
+from modular_lm.data.fingerprint import digest
+from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.inventory import complete_steps, step_folder
-from tests.support import TINY, Jobs, finish, losses, train_workers, wait_until
+from tests.support import (
+    TINY,
+    Jobs,
+    assert_unharmed,
+    digests,
+    finish,
+    losses,
+    train_workers,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -64,6 +80,36 @@ def test_stopped_half_way_and_continued_by_another_number_of_workers(
     attempts = [e for e in folder.events() if e["event"] == "attempt"]
     assert [(a["start_step"], a["world_size"]) for a in attempts] == [(0, 2), (20, 3)]
     assert attempts[1]["config_changes"] == ["ray.num_workers: 2 -> 3"]
+    assert digests(folder) == digests(uninterrupted)
+
+
+def test_the_digest_of_the_data_can_be_computed_from_the_shards(uninterrupted: RunFolder) -> None:
+    config = from_dict(TrainConfig, yaml.safe_load(uninterrupted.config.read_text()))
+    data = Dataset(config.data, build_tokenizer(config.data.tokenizer), 8)
+    for step, found in digests(uninterrupted).items():
+        index = np.arange(8 * step)
+        assert f"{digest(index, data.read(index)):016x}" == found
+
+
+def test_data_that_changed_are_refused_then_allowed_and_recorded(
+    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
+) -> None:
+    """Workers that read for themselves, too: `data.loader=local` up to the change."""
+    folder, where = run_folder(tmp_path / "changed")
+    jobs.run("ray_jobs.train", *TINY, where, "stop_at=20", "data.loader=local")
+    assert digests(folder) == {s: d for s, d in digests(uninterrupted).items() if s <= 20}
+    refused = jobs.run("ray_jobs.train", *TINY, where, "data.seed=7", code=2)
+    assert "data.seed: 42 -> 7" in refused
+    assert "data.allow_change=true" in refused
+    assert refused.count("\n") == 1
+    jobs.run("ray_jobs.train", *TINY, where, "data.seed=7", "data.allow_change=true", "steps=30")
+    first, second = [e for e in folder.events() if e["event"] == "attempt"]
+    assert (first["data_changes"], second["data_changes"]) == ([], ["data.seed: 42 -> 7"])
+    assert second["data"]["data.seed"] == "7"
+    assert digests(folder)[20] == digests(uninterrupted)[20]
+    assert digests(folder)[21] != digests(uninterrupted)[21]
+    again = jobs.run("ray_jobs.train", *TINY, where, "steps=30", code=2)
+    assert "data.seed: 7 -> 42" in again
 
 
 def test_killed_worker_the_run_finishes_by_itself_with_the_same_loss(
@@ -77,7 +123,7 @@ def test_killed_worker_the_run_finishes_by_itself_with_the_same_loss(
     assert "is being trained by" in second
     train_workers(jobs.environment)[-1].send_signal(signal.SIGKILL)
     finish(job)
-    assert losses(folder) == losses(uninterrupted)
+    assert_unharmed(folder, uninterrupted)
     attempts = [e["start_step"] for e in folder.events() if e["event"] == "attempt"]
     failures = [e for e in folder.events() if e["event"] == "failure"]
     assert len(attempts) == 2
@@ -94,7 +140,7 @@ def test_worker_killed_after_the_last_checkpoint_the_run_is_complete(
     for worker in train_workers(jobs.environment):
         worker.send_signal(signal.SIGKILL)
     finish(job)
-    assert losses(folder) == losses(uninterrupted)
+    assert_unharmed(folder, uninterrupted)
     recorded = sorted(e["step"] for e in folder.events() if e["event"] == "checkpoint")
     assert recorded == [10, 20, 30, 40]
 
@@ -114,7 +160,7 @@ def test_sigterm_saves_exits_3_and_the_same_command_continues(
     assert (end["status"], end["step"], end["exit_code"]) == ("stopped", step, 3)
     assert 3 < step < 40
     jobs.run("ray_jobs.train", *TINY, where)
-    assert losses(folder) == losses(uninterrupted)
+    assert_unharmed(folder, uninterrupted)
 
 
 def test_torchrun_trains_the_same_model(
@@ -123,7 +169,7 @@ def test_torchrun_trains_the_same_model(
     folder, where = run_folder(tmp_path / "torchrun")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     plain_jobs.run("modular_lm.train", *TINY, where, launcher=torchrun)
-    assert losses(folder) == losses(uninterrupted)
+    assert_unharmed(folder, uninterrupted)
 
 
 def test_one_plain_process_keeps_the_global_batch(
