@@ -12,7 +12,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 ABOVE = ("train", "eval", "generate", "tracking", "parallel", "optim", "cli")
-HEAVY = ("ray", "mlflow", "xformers", "lm_eval")
+HEAVY = ("ray", "mlflow", "xformers", "lm_eval", "huggingface_hub")
 
 
 def imported(file: Path, *, top_level_only: bool) -> Iterator[str]:

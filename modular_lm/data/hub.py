@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -232,9 +233,11 @@ def _download(what: str, selection: Selection, folder: Path, revision: str | Non
     try:
         with lock(folder.with_name(f".{folder.name}.lock"), blocking=False):
             record = Record.load(folder) or _new_record(what, selection, folder, revision)
-            if not record.is_on_disk(folder):
-                record = _bring(what, record, folder)
-            return record
+            try:
+                return record if record.is_on_disk(folder) else _bring(what, record, folder)
+            except BaseException:
+                _remove_if_empty(folder)
+                raise
     except Locked as error:
         raise DataError(
             f"{what}: {folder} is being downloaded by {error.holder}; wait for it"
@@ -248,6 +251,13 @@ def _download(what: str, selection: Selection, folder: Path, revision: str | Non
         with contextlib.suppress(OSError):  # what holds a download stays
             for parent in new_folders:
                 parent.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a download of which nothing has come but the record."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != RECORD]
+    if not any(f.stat().st_size for f in files):
+        shutil.rmtree(folder)
 
 
 def _new_record(what: str, selection: Selection, folder: Path, revision: str | None) -> Record:

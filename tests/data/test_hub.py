@@ -14,12 +14,12 @@ from typing import Any, get_args
 
 import pytest
 
-from modular_lm.config import PrepareConfig, TokenizerConfig
+from modular_lm.config import PrepareConfig, TokenizerConfig, TrainConfig, load_config
 from modular_lm.config.schema import DatasetName, TokenizerName
 from modular_lm.data import hub, transfer
 from modular_lm.data.hub import DATASETS, RECORD, TOKENIZERS, Record, Selection, download
 from modular_lm.errors import ConfigError, DataError, RunFailedError
-from modular_lm.tokenizer import KINDS
+from modular_lm.tokenizer import KINDS, build_tokenizer
 from tests.data.hub_server import (
     LISTING,
     TOKEN,
@@ -233,6 +233,7 @@ def test_a_gated_repository(
     with pytest.raises(DataError, match=r"tokenizer=t: .* \(401\): accept the licence") as refused:
         download("tokenizer=t", selection, folder, None)
     assert "set HF_TOKEN" in str(refused.value)
+    assert not folder.parent.exists()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     (file,) = download("tokenizer=t", selection, folder, None)
     assert file.read_bytes() == b"piece"
@@ -336,6 +337,21 @@ def test_every_name_has_an_entry() -> None:
 def test_datasets_that_cannot_be_placed(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         hub.fetch_dataset(PrepareConfig(**keys))
+
+
+def test_a_tokenizer_may_be_given_by_its_name_alone(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("tokenizer: llama3\n")
+    for args in (["tokenizer=llama3"], [f"config={file}"], ["tokenizer.name=llama3"]):
+        assert load_config(PrepareConfig, args)[0].tokenizer == TokenizerConfig("llama3")
+    with pytest.raises(ConfigError, match=r"tokenizer.name=lama3: .* did you mean llama3"):
+        load_config(PrepareConfig, ["tokenizer=lama3"])
+
+
+def test_training_says_how_to_get_a_named_tokenizer() -> None:
+    config = load_config(TrainConfig, ["data.tokenizer=llama3"])[0]
+    with pytest.raises(ConfigError, match=r"data.tokenizer.name=llama3: run .*prepare dst=DATA"):
+        build_tokenizer(config.data.tokenizer)
 
 
 def test_tokenizers_that_cannot_be_placed() -> None:
