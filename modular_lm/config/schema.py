@@ -278,6 +278,7 @@ class PrepareConfig:
     dst: str | None = key(
         None, "folder to write; one sub-folder per source; required unless builtin"
     )
+    tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer to use")
     dataset: DatasetName | None = key(
         None, "download this to src, by default dst/<dataset>, and prepare dst/<dataset>_shuffled"
     )
@@ -287,7 +288,6 @@ class PrepareConfig:
     download_only: bool = key(
         False, "stop when dataset and tokenizer are on disk: for a node with internet, without Ray"
     )
-    tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer to use")
     seed: int = key(42, "seed of the global document shuffle", ge=0)
     val_fraction: float = key(
         0.01,
