@@ -1,8 +1,8 @@
 """`python -m ray_jobs.prepare`: documents to token shards, on Ray Data.
 
-All checks come first, without Ray; then the two passes of `modular_lm.data.shuffle` run as tasks
-of Ray Data, one per slice of the input and one per shard. The built-in corpus is small: it is
-prepared in this process.
+All checks, and the download of what is named, come first, without Ray; then the two passes of
+`modular_lm.data.shuffle` run as tasks of Ray Data, one per slice of the input and one per shard.
+The built-in corpus is small: it is prepared in this process.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ from modular_lm.data.prepare import plan_sources, run_plans, serial
 from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
 from modular_lm.tokenizer import build_tokenizer
 
-WHAT = "Turn documents (parquet, jsonl, jsonl.gz, jsonl.zst) into shuffled token shards."
-USAGE = "python -m ray_jobs.prepare src=TEXT dst=SHARDS tokenizer.name=sp tokenizer.path=MODEL"
+WHAT = (
+    "Turn documents (parquet, jsonl, jsonl.gz, jsonl.zst), or a data set of the Hugging Face Hub, "
+    "into shuffled token shards."
+)
+USAGE = (
+    "python -m ray_jobs.prepare src=TEXT dst=SHARDS tokenizer.name=sp tokenizer.path=MODEL\n"
+    "       python -m ray_jobs.prepare dataset=fineweb_edu_10bt dst=SHARDS tokenizer=llama3"
+)
 
 
 def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
@@ -53,7 +59,7 @@ def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
             with ray_session():
                 manifests = run_plans(plans, on_ray_data)
     print(f"sources in {folder}:\n{format_table(manifests)}", flush=True)
-    if config.dst is not None:
+    if BUILTIN not in (m.source for m in manifests):  # which training finds by itself
         sources = {manifest.source: 1.0 for manifest in manifests}
         print(f"to train on them: {training_keys(folder, sources, config.tokenizer)}", flush=True)
     return EXIT_DONE

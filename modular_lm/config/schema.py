@@ -273,7 +273,8 @@ class TrainConfig:
 class PrepareConfig:
     src: str = key(
         "builtin",
-        "a file or folder of documents, a folder of such folders (one source each), or `builtin`",
+        "a file or folder of documents, a folder of such folders (one source each), or `builtin`; "
+        "with dataset: the folder for its files",
     )
     dst: str | None = key(
         None, "folder to write; one sub-folder per source; required unless builtin"
