@@ -64,23 +64,28 @@ def epoch_order(nth: Int64s, n: int, key: int, blocks: Blocks) -> Int64s:
 def permute(index: Int64s, n: int, key: int | Keys) -> Int64s:
     """A pseudo-random permutation of 0..n-1, evaluated at `index` [k]; bijective for every key.
 
-    key: one for all, or one for each index [k]. A Feistel network over the smallest even number of
-    bits that holds n, walked along its cycle until the value falls below n (J. Black and
-    P. Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Mixing, not secrecy, is
-    wanted: the round function is splitmix64's.
+    key: one for all, or one for each index [k]. A Feistel network over as many bits as n - 1 has,
+    walked along its cycle until the value falls below n (J. Black and P. Rogaway, "Ciphers with
+    arbitrary finite domains", CT-RSA 2002). Mixing, not secrecy, is wanted: the round function is
+    splitmix64's.
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    key = np.broadcast_to(np.asarray(key, np.uint64), index.shape)
+    bits = max(2, (n - 1).bit_length())
+    # The halves may differ by a bit; they change places in every round, of which there are evenly
+    # many, so that each is as wide in the end as at first.
+    widths = [np.uint64(bits // 2), np.uint64(bits - bits // 2)]
+    masks = [(np.uint64(1) << width) - np.uint64(1) for width in widths]
+    numbers = np.arange(_ROUNDS, dtype=np.uint64)[:, None]
+    keys = _mix(np.atleast_1d(np.asarray(key, np.uint64)) + numbers)
     value = index.astype(np.uint64)
-    outside = np.ones(len(value), bool)
-    while outside.any():
-        walking, keys = value[outside], key[outside]
-        left, right = walking >> half, walking & low
+    walking = np.arange(len(value))
+    while len(walking):
+        left, right = value[walking] >> widths[0], value[walking] & masks[0]
+        here = keys if keys.shape[1] == 1 else keys[:, walking]
         for number in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(keys + np.uint64(number))) & low)
-        value[outside] = (left << half) | right
-        outside &= value >= np.uint64(n)
+            mask = masks[1 - number % 2]
+            left, right = right, left ^ (_mix(right ^ here[number]) & mask)
+        value[walking] = (left << widths[0]) | right
+        walking = walking[value[walking] >= np.uint64(n)]
     return value.astype(np.int64)
 
 

@@ -78,4 +78,4 @@ def test_epochs_cut_blocks_elsewhere() -> None:
 def test_golden_order() -> None:
     """Changing these reorders every run; raise `plan.ORDER` with them."""
     order = epoch_order(np.array([0, 1, 2, 500, 999]), 1000, 42, Blocks(10, 7))
-    assert order.tolist() == [347, 94, 794, 510, 366]
+    assert order.tolist() == [625, 866, 871, 715, 873]
