@@ -17,10 +17,12 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from modular_lm.config.schema import TokenizerConfig
 from modular_lm.errors import ConfigError
@@ -34,6 +36,7 @@ _LLAMA3_SPECIALS = 256
 # tiktoken's regular expressions overflow their stack on a run of some 10^5 blanks. Llama 3's own
 # code cuts runs of 25 000 blanks or non-blanks; so do we, for the same ids.
 _LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
+_WINDOW = 12_500
 _DOWNLOAD_SECONDS = 15
 
 
@@ -80,6 +83,12 @@ class Tokenizer(Protocol):
         """Ids of `text`. Lone surrogates, which no UTF-8 can hold, are encoded as U+FFFD."""
         ...
 
+    def encode_array(
+        self, text: str, dtype: npt.DTypeLike, *, add_bos: bool = False, add_eos: bool = False
+    ) -> npt.NDArray[np.integer]:
+        """`encode` for many tokens: [n] of an integer type that holds every id."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: special and unknown ids are dropped, invalid UTF-8 becomes U+FFFD."""
         ...
@@ -114,12 +123,16 @@ def well_formed(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Table:
-    """What a kind provides. `pieces[i]` are the bytes of id i, empty for special ids."""
+    """What a kind provides. `pieces[i]` are the bytes of id i, empty for special ids.
+
+    encode, encode_array: ids of well-formed text.
+    """
 
     pieces: Sequence[bytes]
     bos_id: int
     eos_id: int
     encode: Callable[[str], list[int]]
+    encode_array: Callable[[str], npt.NDArray[np.integer]]
     content_hash: str
     prefix_bytes: int = 0
     file: Path | None = None
@@ -134,13 +147,25 @@ class _TableTokenizer:
         self.token_bytes = np.array([len(p) for p in table.pieces], dtype=np.int32)
         self.prefix_bytes = table.prefix_bytes
         self.file = table.file
-        self._pieces, self._encode = table.pieces, table.encode
+        self._pieces, self._table = table.pieces, table
         # Absolute, because a Ray worker that unpickles it may run in another folder.
         self._source = (name, path if table.file is None else str(table.file))
 
     def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        ids = self._encode(well_formed(text))
+        ids = self._table.encode(well_formed(text))
         return [self.bos_id] * add_bos + ids + [self.eos_id] * add_eos
+
+    def encode_array(
+        self, text: str, dtype: npt.DTypeLike, *, add_bos: bool = False, add_eos: bool = False
+    ) -> npt.NDArray[np.integer]:
+        ids = self._table.encode_array(well_formed(text))
+        tokens = np.empty(add_bos + len(ids) + add_eos, dtype)
+        tokens[add_bos : add_bos + len(ids)] = ids
+        if add_bos:
+            tokens[0] = self.bos_id
+        if add_eos:
+            tokens[-1] = self.eos_id
+        return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
         data = b"".join(self._pieces[i] for i in ids if 0 <= i < self.n_words)
@@ -167,7 +192,12 @@ def _bytes(path: str | None, where: str) -> _Table:
         kinds = " or ".join(k for k in KINDS if k != "bytes")
         raise ConfigError(f"{where}: the tokenizer `bytes` has no file; set the name to {kinds}")
     pieces = [bytes([b]) for b in range(256)] + [b"", b""]
-    return _Table(pieces, 256, 257, lambda text: list(text.encode()), _hash(b"bytes", pieces))
+
+    def encode_array(text: str) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    hashed = _hash(b"bytes", pieces)
+    return _Table(pieces, 256, 257, lambda text: list(text.encode()), encode_array, hashed)
 
 
 # ------------------------------------------------------------------ sentencepiece
@@ -193,6 +223,7 @@ def _sentencepiece(path: str | None, where: str) -> _Table:
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
         encode=model.encode,
+        encode_array=lambda text: np.array(model.encode(text), np.int32),
         content_hash=_hash(b"sp", [file.read_bytes()]),
         prefix_bytes=int(puts_space),
         file=file,
@@ -239,9 +270,8 @@ def _rank_file(file: Path, where: str) -> _Table:
         file.stem, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=specials
     )
     pieces = [*ranks, *[b""] * _LLAMA3_SPECIALS]
-    encode = _in_short_runs(encoding.encode_ordinary)
     # <|begin_of_text|> and <|end_of_text|> are the first two specials.
-    return _Table(pieces, n, n + 1, encode, _hash(b"tiktoken:llama3", pieces), file=file)
+    return _tiktoken_table(encoding, pieces, (n, n + 1), b"tiktoken:llama3", file)
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
@@ -274,8 +304,20 @@ def _named_encoding(name: str, where: str) -> _Table:
             pieces[i] = encoding.decode_single_token_bytes(i)
         except KeyError:  # some encodings have unused ids between their special ones
             continue
-    encode = _in_short_runs(encoding.encode_ordinary)
-    return _Table(pieces, end, end, encode, _hash(f"tiktoken:{name}".encode(), pieces))
+    return _tiktoken_table(encoding, pieces, (end, end), f"tiktoken:{name}".encode(), None)
+
+
+def _tiktoken_table(
+    encoding: Any, pieces: list[bytes], bos_eos: tuple[int, int], kind: bytes, file: Path | None
+) -> _Table:
+    def encode(text: str) -> list[int]:
+        return [i for run in _short_runs(text) for i in encoding.encode_ordinary(run)]
+
+    def encode_array(text: str) -> npt.NDArray[np.integer]:
+        runs = [encoding.encode_to_numpy(r, disallowed_special=()) for r in _short_runs(text)]
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    return _Table(pieces, *bos_eos, encode, encode_array, _hash(kind, pieces), file=file)
 
 
 def _download(name: str, where: str) -> Any:
@@ -302,15 +344,14 @@ def _download(name: str, where: str) -> Any:
     ) from (outcome[0] if outcome else None)
 
 
-def _in_short_runs(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    def encode_runs(text: str) -> list[int]:
-        cuts = [match.end() for match in _LONG_RUN.finditer(text)]
-        if not cuts:
-            return encode(text)
-        spans = zip([0, *cuts], [*cuts, len(text)], strict=True)
-        return [i for start, stop in spans for i in encode(text[start:stop])]
-
-    return encode_runs
+def _short_runs(text: str) -> list[str]:
+    """`text`, cut where `_LONG_RUN` says."""
+    # That expression is slow. Any run that it finds fills one of these windows.
+    windows = range(0, len(text) - _WINDOW + 1, _WINDOW)
+    if not any(len(text[i : i + _WINDOW].split(None, 1)) < 2 for i in windows):
+        return [text]
+    cuts = [match.end() for match in _LONG_RUN.finditer(text)]
+    return [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
 
 
 # ------------------------------------------------------------------ shared by the kinds

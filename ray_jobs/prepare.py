@@ -1,18 +1,17 @@
-"""`python -m ray_jobs.prepare`: documents to token shards, on Ray Data.
+"""`python -m ray_jobs.prepare`: documents to token shards, on Ray.
 
 All checks, and the download of what is named, come first, without Ray; then the two passes of
-`modular_lm.data.shuffle` run as tasks of Ray Data, one per slice of the input and one per shard.
+`modular_lm.data.shuffle` run as Ray tasks, one per slice of the input and one per shard.
 The built-in corpus is small: it is prepared in this process.
 """
 
 from __future__ import annotations
 
-import pickle
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ USAGE = (
     "python -m ray_jobs.prepare src=TEXT dst=SHARDS tokenizer.name=sp tokenizer.path=MODEL\n"
     "       python -m ray_jobs.prepare dataset=fineweb_edu_10bt dst=SHARDS tokenizer=llama3"
 )
+_AHEAD = 2  # tasks submitted per CPU
 
 
 def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
@@ -57,7 +57,7 @@ def prepare(config: PrepareConfig, given: dict[str, Any]) -> int:
             from ray_jobs._session import ray_session
 
             with ray_session():
-                manifests = run_plans(plans, on_ray_data)
+                manifests = run_plans(plans, on_ray)
     print(f"sources in {folder}:\n{format_table(manifests)}", flush=True)
     if BUILTIN not in (m.source for m in manifests):  # which training finds by itself
         sources = {manifest.source: 1.0 for manifest in manifests}
@@ -104,44 +104,57 @@ def _builtin(config: PrepareConfig, given: dict[str, Any]) -> tuple[Path, list[M
     return folder.parent, [Manifest.load(folder)]
 
 
-# ------------------------------------------------------------------ Ray Data
+# ------------------------------------------------------------------ Ray
 
 
-def on_ray_data(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[Any]:
-    """`MapTasks` on Ray: one block and one Ray task per task; results as they come.
+def on_ray(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[Any]:
+    """`MapTasks` on Ray: one Ray task of one CPU each; results as they come.
 
-    Errors meant for the user travel as values, so that they arrive as they were raised.
+    A few are submitted ahead of what the cluster can run, so that neither the driver nor Ray's
+    queue grows with their number. Errors meant for the user travel as values, so that they arrive
+    as they were raised.
     """
-    import ray.data
+    import ray
 
-    rows = [{"task": pickle.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    for row in dataset.map(partial(_run_task, function)).iter_rows():
-        result = pickle.loads(row["result"])
-        if isinstance(result, UserFacingError):
-            raise result
-        yield result
-
-
-def _run_task(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
+    remote = ray.remote(num_cpus=1)(_run_task)
+    shared = ray.put(function)  # in pass 2 it lists all runs
+    waiting, pending = iter(tasks), set()
     try:
-        result = function(pickle.loads(row["task"]))
+        while True:
+            wanted = _AHEAD * int(ray.cluster_resources().get("CPU", 1)) - len(pending)
+            pending.update(remote.remote(shared, task) for task in islice(waiting, max(0, wanted)))
+            if not pending:
+                return
+            (done,), _ = ray.wait(list(pending))
+            pending.discard(done)
+            result = ray.get(done)
+            if isinstance(result, UserFacingError):
+                raise result
+            yield result
+    finally:
+        for task in pending:
+            ray.cancel(task)
+
+
+def _run_task(function: Callable[[Any], Any], task: Any) -> Any:
+    try:
+        return function(task)
     except UserFacingError as error:
-        result = error
-    return {"result": pickle.dumps(result)}
+        return error
 
 
 # ------------------------------------------------------------------ the table
 
 
 def format_table(manifests: Sequence[Manifest]) -> str:
-    """One line per source and split: documents, tokens, bytes of text, shards, bytes on disk."""
-    rows = [["source", "split", "documents", "tokens", "text bytes", "shards", "file bytes"]]
+    """One line per source and split, then one per kind of problem among the documents."""
+    counted = ("documents", "duplicates", "tokens", "text bytes", "shards", "file bytes")
+    rows: list[list[str]] = [["source", "split", *counted]]
     for manifest in manifests:
         for name in SPLITS:
             split = manifest.split(name)
-            numbers = [split.documents, split.tokens, split.text_bytes, len(split.shards)]
-            numbers.append(sum(s.size for s in split.shards))
+            numbers = [split.documents, manifest.duplicates[name], split.tokens, split.text_bytes]
+            numbers += [len(split.shards), sum(s.size for s in split.shards)]
             rows.append([manifest.source, name, *[f"{n:,}" for n in numbers]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -149,11 +162,26 @@ def format_table(manifests: Sequence[Manifest]) -> str:
         + "  ".join(n.rjust(w) for n, w in zip(numbers, widths[2:], strict=True))
         for source, split, *numbers in rows
     ]
-    skipped = {m.source: m.skipped_documents for m in manifests if m.skipped_documents}
-    if skipped:
-        listed = ", ".join(f"{name}: {n:,}" for name, n in skipped.items())
-        lines.append(f"skipped, without text: {listed}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_remarks(manifests)])
+
+
+def _remarks(manifests: Sequence[Manifest]) -> Iterator[str]:
+    kinds = {
+        "missing": "skipped, text missing (null, no such key, not a string)",
+        "empty": "skipped, without text",
+        "invalid_utf8": "kept, invalid Unicode replaced by U+FFFD",
+        "nul": "kept, with NUL characters",
+    }
+    for kind, what in kinds.items():
+        counts = {m.source: getattr(m.problems, kind) for m in manifests}
+        if found := [f"{source}: {n:,}" for source, n in counts.items() if n]:
+            yield f"{what}: {', '.join(found)}"
+    for dedup, what in ((True, "dropped"), (False, "kept; drop them with dedup=true")):
+        counts = {
+            m.source: sum(m.duplicates.values()) for m in manifests if m.settings.dedup is dedup
+        }
+        if found := [f"{source}: {n:,}" for source, n in counts.items() if n]:
+            yield f"duplicates, {what}: {', '.join(found)}"
 
 
 if __name__ == "__main__":

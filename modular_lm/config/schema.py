@@ -298,7 +298,10 @@ class PrepareConfig:
     )
     add_bos: bool = key(True, "begin each document with BOS")
     add_eos: bool = key(True, "end each document with EOS")
-    shards: int | None = key(None, "shards per source; default: one per 64 MiB of text", ge=1)
+    dedup: bool = key(False, "of documents with the same text, keep one")
+    shards: int | None = key(
+        None, "shards per source and split; default: one per 64 MiB of text, at most 2048", ge=1
+    )
     overwrite: bool = key(False, "replace sources that are already prepared differently")
 
 

@@ -1,18 +1,22 @@
 """Documents out of files: parquet, JSON lines, and JSON lines compressed by gzip or zstd.
 
 A document is a text under the column or key `text`, else `content`. Files are read as streams, a
-row group or a buffer at a time, so memory does not grow with them. A missing (null) text is given
-as "", for the caller to count. What is done with the texts is up to the caller.
+few pages or a buffer at a time, so memory does not grow with them. What can be wrong with a single
+document is told to the caller, to be counted: a text that is missing (null, no such key, not a
+string) comes as None, and one that was not valid Unicode comes repaired. What is wrong with a file
+(unreadable, not JSON, no texts at all) is a DataError. What is done with the texts is up to the
+caller.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +26,11 @@ from modular_lm.tokenizer import well_formed
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT_KEYS = ("text", "content")
-_BATCH = 256  # documents held at a time from a parquet file
+_BATCH_BYTES = 4 << 20  # text held at a time from a parquet file
+_BATCH_ROWS = 1024
+_READ_BYTES = 1 << 20
+_LOOKED_AT = 100  # records at the head of a file of which one must have a text
+_UNPACKED = 4  # bytes of JSON lines per byte of .gz or .zst, about
 
 
 @dataclass(frozen=True)
@@ -35,16 +43,24 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Slice:
+class Part:
     """A part of a file that can be read by itself.
 
     row_groups: half-open range within a parquet file; None: the whole file.
-    size: its bytes on disk, about.
+    size: its bytes of text, about.
     """
 
     file: Path
     row_groups: tuple[int, int] | None
     size: int
+
+
+class Document(NamedTuple):
+    """A text and its UTF-8 bytes; repaired: what was not valid Unicode in it is now U+FFFD."""
+
+    text: str
+    data: bytes
+    repaired: bool
 
 
 def find_sources(src: Path) -> list[Source]:
@@ -74,34 +90,53 @@ def find_sources(src: Path) -> list[Source]:
     return [Source(src.name, src, own)] if own else below
 
 
-def split_file(file: Path, slice_bytes: int) -> list[Slice]:
-    """Cut a file into slices of about `slice_bytes`: parquet between row groups, others not at all.
+def split_file(file: Path, part_bytes: int) -> list[Part]:
+    """Cut a file into parts of about `part_bytes`: parquet between row groups, others not at all.
 
-    Reads only the parquet footer or the first line: enough to raise DataError for a file that is
+    Reads only the parquet footer or the first records: enough to raise DataError for a file that is
     empty of meaning (broken, or without texts) before any work is started.
     """
     if file.suffix != ".parquet":
-        next(_json_texts(file), None)
-        return [Slice(file, None, file.stat().st_size)]
-    parquet = _open_parquet(file)
-    _text_column(file, parquet)
-    slices, start, size = [], 0, 0
-    for group in range(parquet.num_row_groups):
-        size += _group_bytes(parquet, group)
-        if size >= slice_bytes or group == parquet.num_row_groups - 1:
-            slices.append(Slice(file, (start, group + 1), size))
+        _check_records(file)
+        unpacked = 1 if file.suffix == ".jsonl" else _UNPACKED
+        return [Part(file, None, file.stat().st_size * unpacked)]
+    with _open_parquet(file) as parquet:
+        column = _text_column(file, parquet)
+        sizes = [_group_bytes(parquet, g, column) for g in range(parquet.num_row_groups)]
+    parts, start, size = [], 0, 0
+    for group, group_bytes in enumerate(sizes):
+        size += group_bytes
+        if size >= part_bytes or group == len(sizes) - 1:
+            parts.append(Part(file, (start, group + 1), size))
             start, size = group + 1, 0
-    return slices
+    return parts
 
 
-def read_texts(part: Slice) -> Iterator[str]:
-    """The texts of a slice in order, without lone surrogates; "" for a missing text.
+def group_parts(parts: Iterable[Part], slice_bytes: int) -> Iterator[tuple[Part, ...]]:
+    """Join parts, in their order, until each group has about `slice_bytes`."""
+    group: list[Part] = []
+    for part in parts:
+        group.append(part)
+        if sum(p.size for p in group) >= slice_bytes:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def read_documents(part: Part) -> Iterator[Document | None]:
+    """The documents of a part in order; None for a missing text.
 
     Raises DataError that names the file and the line or row group that cannot be read.
     """
     if part.row_groups is None:
-        return _json_texts(part.file)
-    return _parquet_texts(part.file, range(*part.row_groups))
+        return _json_documents(part.file)
+    return _parquet_documents(part.file, range(*part.row_groups))
+
+
+def _repaired(data: bytes) -> Document:
+    text = data.decode("utf-8", "replace")
+    return Document(text, text.encode(), True)
 
 
 # ------------------------------------------------------------------ parquet
@@ -109,7 +144,8 @@ def read_texts(part: Slice) -> Iterator[str]:
 
 def _open_parquet(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        # Buffered: else a column of a whole row group is held, however large.
+        return pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
     except pa.ArrowException as error:
         raise DataError(f"{file}: not a readable parquet file: {reason(error)}") from error
 
@@ -122,59 +158,122 @@ def _text_column(file: Path, parquet: pq.ParquetFile) -> str:
         raise DataError(f"{file}: no column `text` or `content`, only {found}")
     kind = schema.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+    if not any(is_text(value) for is_text in _TEXT_TYPES):
         raise DataError(f"{file}: column `{column}` holds {kind}, expected text")
     return column
 
 
-def _group_bytes(parquet: pq.ParquetFile, group: int) -> int:
+# A column of which every value is null has the type null.
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_null,
+)
+
+
+def _group_bytes(parquet: pq.ParquetFile, group: int, column: str) -> int:
     row_group = parquet.metadata.row_group(group)
-    return sum(row_group.column(i).total_compressed_size for i in range(row_group.num_columns))
+    chunks = (row_group.column(i) for i in range(row_group.num_columns))
+    return next(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
 
 
-def _parquet_texts(file: Path, groups: range) -> Iterator[str]:
-    parquet = _open_parquet(file)
-    column = _text_column(file, parquet)
-    for group in groups:
-        batches = parquet.iter_batches(_BATCH, row_groups=[group], columns=[column])
-        try:
-            for batch in batches:
-                for text in batch.column(0).to_pylist():
-                    yield text or ""
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: row group {group}: {reason(error)}") from error
+def _parquet_documents(file: Path, groups: range) -> Iterator[Document | None]:
+    with _open_parquet(file) as parquet:
+        column = _text_column(file, parquet)
+        for group in groups:
+            rows = parquet.metadata.row_group(group).num_rows
+            most = _BATCH_BYTES * rows // max(1, _group_bytes(parquet, group, column))
+            batches = parquet.iter_batches(
+                max(1, min(most, _BATCH_ROWS)),
+                row_groups=[group],
+                columns=[column],
+                use_threads=False,  # a task has one core
+            )
+            try:
+                for batch in batches:
+                    yield from map(_parquet_document, _as_bytes(batch.column(0)))
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{file}: row group {group}: {reason(error)}") from error
+
+
+def _as_bytes(column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _parquet_document(data: bytes | None) -> Document | None:
+    if data is None:
+        return None
+    try:
+        return Document(data.decode(), data, False)
+    except UnicodeDecodeError:
+        return _repaired(data)
 
 
 # ------------------------------------------------------------------ JSON lines
 
 
-def _json_texts(file: Path) -> Iterator[str]:
+def _json_documents(file: Path) -> Iterator[Document | None]:
+    for record, whole in _records(file):
+        text = next((record[k] for k in TEXT_KEYS if k in record), None)
+        if not isinstance(text, str):
+            yield None
+            continue
+        good = well_formed(text)
+        # The bytes that were not valid may have been those of another key.
+        repaired = good is not text or (not whole and "\ufffd" in text)
+        yield Document(good, good.encode(), repaired)
+
+
+def _check_records(file: Path) -> None:
+    """Raise DataError if none of the first records can hold a text: a file of something else."""
+    seen = []
+    for record, _ in islice(_records(file), _LOOKED_AT):
+        key = next((k for k in TEXT_KEYS if k in record), None)
+        if key and isinstance(record[key], str | None):
+            return
+        seen.append((key, record))
+    if not seen:
+        return
+    where = f"{file}: none of the first {len(seen)} records has a text: the first"
+    key, record = seen[0]
+    if key is None:
+        raise DataError(f"{where} has no key `text` or `content`, only {', '.join(record)}")
+    raise DataError(f"{where} has {type(record[key]).__name__} under `{key}`")
+
+
+def _records(file: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The objects of a file, each with whether its line was valid UTF-8."""
     number = 0
     try:
         # pyarrow's decompressors notice a file that was cut short; zstandard's stream does not.
         compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
         with pa.input_stream(str(file), compression=compression) as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):  # type: ignore[arg-type]
+            lines = io.BufferedReader(stream, _READ_BYTES)  # type: ignore[arg-type]
+            for number, line in enumerate(lines, start=1):
                 if not line.isspace():
-                    yield _json_text(file, number, line)
+                    yield _record(file, number, line)
     except OSError as error:
         raise DataError(f"{file}: after line {number}: {reason(error)}") from error
 
 
-def _json_text(file: Path, number: int, line: bytes) -> str:
+def _record(file: Path, number: int, line: bytes) -> tuple[dict[str, Any], bool]:
+    whole = True
     try:
-        record: Any = json.loads(line)
-    except ValueError as error:  # broken JSON or broken UTF-8
+        try:
+            record: Any = json.loads(line)
+        except UnicodeDecodeError:
+            record, whole = json.loads(line.decode("utf-8", "replace")), False
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}:{number}: not a line of JSON: {reason(error)}") from error
     if not isinstance(record, dict):
         raise DataError(f"{file}:{number}: expected an object with the key `text` or `content`")
-    key = next((k for k in TEXT_KEYS if k in record), None)
-    if key is None:
-        raise DataError(f"{file}:{number}: no key `text` or `content`, only {', '.join(record)}")
-    text = record[key]
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{file}:{number}: `{key}` holds {type(text).__name__}, expected text")
-    return well_formed(text or "")
+    return record, whole
 
 
 # ------------------------------------------------------------------ names

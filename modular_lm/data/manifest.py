@@ -53,7 +53,28 @@ class Settings:
     val_fraction: float
     add_bos: bool
     add_eos: bool
+    dedup: bool
     shards: int | None
+
+
+@dataclass(frozen=True)
+class Problems:
+    """How many documents of the input were not simply a text.
+
+    Skipped: missing (null, no such key, not a string), empty (no text but white space). Kept:
+    invalid_utf8 (repaired: U+FFFD for what was not Unicode), nul (with NUL characters).
+    """
+
+    missing: int = 0
+    empty: int = 0
+    invalid_utf8: int = 0
+    nul: int = 0
+
+    @classmethod
+    def total(cls, problems: Iterable[Problems]) -> Problems:
+        listed = list(problems)
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: sum(getattr(p, name) for p in listed) for name in names})
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,8 @@ class Manifest:
     """`manifest.json` as values.
 
     dtype: type of a token, "uint16" or "uint32"; row_tokens: tokens per row of a shard;
-    skipped_documents: inputs without any text or tokens.
+    duplicates: per split, how many documents of the input were further copies of another; they are
+    among the documents unless settings.dedup.
     """
 
     source: str
@@ -110,7 +132,8 @@ class Manifest:
     settings: Settings
     train: Split
     val: Split
-    skipped_documents: int
+    duplicates: dict[str, int]
+    problems: Problems
     inputs: tuple[InputFile, ...]
     command: str
 
@@ -192,6 +215,7 @@ def _from_json(file: Path, values: dict[str, Any]) -> Manifest:
             values[name] = Split(**split)
         values["tokenizer"] = TokenizerId(**values["tokenizer"])
         values["settings"] = Settings(**values["settings"])
+        values["problems"] = Problems(**values["problems"])
         values["inputs"] = tuple(InputFile(**i) for i in values["inputs"])
         manifest = Manifest(**values)
     except (TypeError, KeyError) as error:

@@ -1,9 +1,11 @@
 """From documents to prepared sources: what is checked, planned, run and published.
 
 `plan_sources` looks at everything that can be wrong before anything is written; `run_plans` does
-the work. How tasks are executed is a parameter (`serial` here, Ray Data in `ray_jobs.prepare`), so
-the result cannot depend on it. A source is built in `<dst>/<source>.partial` and renamed when it
-is whole, under a lock; what an interrupted run left there is removed by the next.
+the work. How tasks are executed is a parameter (`serial` here, Ray in `ray_jobs.prepare`), so the
+result cannot depend on it. A source is built in `<dst>/<source>.partial` and renamed when it is
+whole, under a lock. However a run ends, the tasks that it finished stay there, without a manifest
+and so no source to any reader; the next run takes over those that it would do alike, and removes
+the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import math
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,19 +23,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modular_lm.config.schema import PrepareConfig
-from modular_lm.data.documents import Slice, Source, find_sources, split_file
+from modular_lm.data.documents import Part, Source, find_sources, group_parts, split_file
+from modular_lm.data.finished import sweep, task_hash
 from modular_lm.data.manifest import (
     FILE,
+    FORMAT,
     SPLITS,
+    VERSION,
     InputFile,
     Manifest,
+    Problems,
     Settings,
-    ShardInfo,
     Split,
     TokenizerId,
 )
+from modular_lm.data.progress import Progress
+from modular_lm.data.runs import LAYOUT
 from modular_lm.data.shards import ROW_TOKENS
-from modular_lm.data.shuffle import Recipe, ShardTask, SliceResult, SliceTask, tokenise, write_shard
+from modular_lm.data.shuffle import (
+    MOST_PIECES,
+    Recipe,
+    Run,
+    ShardResult,
+    ShardTask,
+    SliceResult,
+    SliceTask,
+    finished_shard,
+    finished_slice,
+    tokenise,
+    write_shard,
+)
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.files import Locked, lock, sync
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
@@ -47,8 +65,11 @@ R = TypeVar("R")
 MapTasks = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 SHARD_TEXT_BYTES = 64 << 20
-SLICE_BYTES = 64 << 20
-_LOG_SECONDS = 5.0
+# Slices grow with the corpus: enough of them for many cores, and none so small that its runs are.
+SLICES = 256
+SMALLEST_SLICE, LARGEST_SLICE = 16 << 20, 512 << 20
+_PACKED = 3  # bytes of text per byte of an input file, about
+_PASS_2 = 0.15  # what pass 2 takes of the time of pass 1, about
 
 
 @dataclass(frozen=True)
@@ -60,18 +81,23 @@ class SourcePlan:
 
     name: str
     folder: Path
-    slices: tuple[Slice, ...]
+    slices: tuple[SliceTask, ...]
     inputs: tuple[InputFile, ...]
     settings: Settings
     tokenizer: Tokenizer
     overwrite: bool
     done: Manifest | None
 
+    @property
+    def work(self) -> Path:
+        """Where the source is built."""
+        return self.folder.with_name(f"{self.name}.partial")
+
 
 def prepare_sources(config: PrepareConfig, *, map_tasks: MapTasks | None = None) -> list[Manifest]:
     """Prepare every source below `config.src` into `config.dst`: one manifest per source, by name.
 
-    Raises ConfigError or DataError; then nothing new is left behind.
+    Raises ConfigError or DataError; then the same call goes on from where this one ended.
     """
     return run_plans(plan_sources(config), map_tasks or serial)
 
@@ -106,19 +132,40 @@ def _plan_source(
     config: PrepareConfig, source: Source, folder: Path, tokenizer: Tokenizer
 ) -> SourcePlan:
     settings = Settings(
-        config.seed, config.val_fraction, config.add_bos, config.add_eos, config.shards
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        add_bos=config.add_bos,
+        add_eos=config.add_eos,
+        dedup=config.dedup,
+        shards=config.shards,
     )
     inputs = tuple(
         InputFile(str(f.relative_to(source.root)), f.stat().st_size) for f in source.files
     )
     done = _already_prepared(folder, config.overwrite, settings, inputs, tokenizer)
-    files = () if done else source.files
-    slices = tuple(part for file in files for part in split_file(file, SLICE_BYTES))
+    slices = () if done else tuple(_slices(source, settings, tokenizer))
     if not done and not slices:
         raise DataError(f"src: the files of source {source.name} hold no documents")
     return SourcePlan(
         source.name, folder, slices, inputs, settings, tokenizer, config.overwrite, done
     )
+
+
+def _slices(source: Source, settings: Settings, tokenizer: Tokenizer) -> Iterable[SliceTask]:
+    """The tasks of pass 1, named after all that decides what they make."""
+    stats = {file: file.stat() for file in source.files}
+    size = _PACKED * sum(stat.st_size for stat in stats.values()) // SLICES
+    size = min(max(size, SMALLEST_SLICE), LARGEST_SLICE)
+    recipe = [FORMAT, VERSION, LAYOUT, tokenizer.content_hash]
+    recipe += [settings.seed, settings.val_fraction, settings.add_bos, settings.add_eos]
+
+    def identity(part: Part) -> list[Any]:
+        stat = stats[part.file]
+        return [str(part.file), stat.st_size, stat.st_mtime_ns, part.row_groups]
+
+    parts = (part for file in source.files for part in split_file(file, size))
+    for group in group_parts(parts, size):
+        yield SliceTask(task_hash(recipe, [identity(part) for part in group]), group)
 
 
 def _already_prepared(
@@ -164,13 +211,14 @@ def run_plans(plans: Sequence[SourcePlan], map_tasks: MapTasks) -> list[Manifest
     """Do what is planned, source after source; the tasks of a source run in parallel.
 
     Raises DataError for input that turns out to be broken, and for a source that another process
-    is preparing or has prepared differently meanwhile; then that source leaves nothing behind.
+    is preparing or has prepared differently meanwhile. What is finished of a source by then stays.
     """
     manifests = []
     for plan in plans:
         if plan.done:
             log.info("prepare %s: already prepared in %s", plan.name, plan.folder)
-        manifests.append(plan.done or _run_plan(plan, map_tasks))
+        finished = plan.done if not plan.work.exists() else None
+        manifests.append(finished or _run_plan(plan, map_tasks))
     return manifests
 
 
@@ -196,75 +244,135 @@ def _build(plan: SourcePlan, map_tasks: MapTasks) -> Manifest:
         plan.folder, plan.overwrite, plan.settings, plan.inputs, plan.tokenizer
     )
     if done:
+        shutil.rmtree(plan.work, ignore_errors=True)
         return done
-    work = plan.folder.with_name(f"{plan.name}.partial")
-    if work.exists():
-        shutil.rmtree(work)
-    recipe = Recipe(plan.tokenizer, plan.settings, work)
+    recipe = Recipe(plan.tokenizer, plan.settings, plan.work)
+    for folder in (recipe.scratch, recipe.shards):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        recipe.scratch.mkdir(parents=True)
-        results = _tokenise_all(plan, recipe, map_tasks)
-        shards = _write_all(plan, recipe, results, map_tasks)
-        manifest = _manifest(plan, results, shards)
-        shutil.rmtree(recipe.scratch)
-        manifest.save(work)
-        _publish(work, plan.folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        slices, shards = _take_over(plan, recipe)
+        _tokenise_rest(plan, recipe, slices, map_tasks)
+        if not any(result.documents for result in slices.values()):
+            shutil.rmtree(plan.work)
+            raise DataError(f"src: no document of source {plan.name} has any text")
+        _write_rest(plan, recipe, slices, shards, map_tasks)
+    finally:
+        _remove_if_empty([recipe.scratch, recipe.shards, plan.work])
+    manifest = _manifest(plan, slices.values(), shards)
+    manifest.save(recipe.shards)
+    _publish(recipe.shards, plan.folder)
+    shutil.rmtree(plan.work)
     return manifest
 
 
-def _tokenise_all(plan: SourcePlan, recipe: Recipe, map_tasks: MapTasks) -> list[SliceResult]:
-    """Pass 1; the results in the order of the input."""
-    tasks = [SliceTask(number, part) for number, part in enumerate(plan.slices)]
-    progress = _Progress(
-        f"{plan.name}: tokenised part", len(tasks), sum(t.part.size for t in tasks)
-    )
-    results: list[SliceResult] = []
+def _take_over(
+    plan: SourcePlan, recipe: Recipe
+) -> tuple[dict[str, SliceResult], dict[str, ShardResult]]:
+    """What an interrupted run has finished of this plan, by task; everything else is removed."""
+    slices = _finished(finished_slice, recipe, plan.slices)
+    whole = len(slices) == len(plan.slices)
+    tasks = _shard_tasks(plan, slices) if whole else []
+    shards = _finished(finished_shard, recipe, tasks)
+    runs = [r.file for result in slices.values() for split in result.runs.values() for r in split]
+    files = [result.shard.file for result in shards.values() if result.shard]
+    removed = sweep(recipe.scratch, [*slices, *shards], runs) + sweep(recipe.shards, [], files)
+    if slices or removed:
+        log.info(
+            "prepare %s: taking over %d of %d parts and %s shards of an interrupted run; "
+            "%d unfinished or other files removed",
+            *(plan.name, len(slices), len(plan.slices)),
+            f"{len(shards):,} of {len(tasks):,}" if whole else "no",
+            removed,
+        )
+    return slices, shards
+
+
+def _finished(
+    find: Callable[[Recipe, Any], R | None], recipe: Recipe, tasks: Iterable[Any]
+) -> dict[str, R]:
+    found = {task.name: find(recipe, task) for task in tasks}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def _tokenise_rest(
+    plan: SourcePlan, recipe: Recipe, slices: dict[str, SliceResult], map_tasks: MapTasks
+) -> None:
+    """Pass 1 for what is not in `slices`, which it completes."""
+    tasks = [task for task in plan.slices if task.name not in slices]
+    taken = (len(slices), sum(result.size for result in slices.values()))
+    total = sum(task.size for task in plan.slices)
+    what = f"{plan.name}: tokenised part"
+    progress = Progress(what, len(plan.slices), total, taken=taken, later=_PASS_2)
     for result in map_tasks(partial(tokenise, recipe), tasks):
-        results.append(result)
+        slices[result.name] = result
         progress.add(result.size, documents=result.documents, tokens=result.tokens)
-    if not any(r.documents for r in results):
-        raise DataError(f"src: no document of source {plan.name} has any text")
-    return sorted(results, key=lambda r: r.number)
 
 
-def _write_all(
-    plan: SourcePlan, recipe: Recipe, results: list[SliceResult], map_tasks: MapTasks
-) -> list[ShardInfo]:
-    """Pass 2; the shards of both splits, in the order of the token streams."""
-    runs = {split: [run for r in results for run in r.runs[split]] for split in SPLITS}
-    counts = _shard_counts(plan.settings, sum(r.text_bytes for r in results))
-    tasks = [ShardTask(s, number, counts[s]) for s in SPLITS for number in range(counts[s])]
-    progress = _Progress(f"{plan.name}: wrote shard", len(tasks), len(tasks))
-    shards: list[ShardInfo] = []
-    for shard in map_tasks(partial(write_shard, recipe, runs), tasks):
-        progress.add(1)
-        if shard is not None:
-            shards.append(shard)
-    return sorted(shards, key=lambda s: (len(s.file), s.file))  # also beyond shard 99999
+def _write_rest(
+    plan: SourcePlan,
+    recipe: Recipe,
+    slices: dict[str, SliceResult],
+    shards: dict[str, ShardResult],
+    map_tasks: MapTasks,
+) -> None:
+    """Pass 2 for what is not in `shards`, which it completes."""
+    runs: dict[str, list[Run]] = {split: [] for split in SPLITS}
+    for task in plan.slices:
+        for split in SPLITS:
+            runs[split] += slices[task.name].runs[split]
+    tasks = _shard_tasks(plan, slices)
+    rest = [task for task in tasks if task.name not in shards]
+    what, taken = f"{plan.name}: wrote shard", len(tasks) - len(rest)
+    progress = Progress(what, len(tasks), len(tasks), taken=(taken, taken))
+    for result in map_tasks(partial(write_shard, recipe, runs), rest):
+        shards[result.name] = result
+        documents, tokens = (
+            (result.shard.documents, result.shard.tokens) if result.shard else (0, 0)
+        )
+        progress.add(1, documents=documents, tokens=tokens)
+
+
+def _shard_tasks(plan: SourcePlan, slices: dict[str, SliceResult]) -> list[ShardTask]:
+    """The tasks of pass 2, named after their split, then all that decides what they make."""
+    counts = _shard_counts(plan.settings, sum(r.text_bytes for r in slices.values()))
+    recipe = task_hash(asdict(plan.settings), [task.name for task in plan.slices], counts)
+    return [
+        ShardTask(f"{split}-{number:05d}-{recipe}", split, number, counts[split])
+        for split in SPLITS
+        for number in range(counts[split])
+    ]
 
 
 def _shard_counts(settings: Settings, text_bytes: int) -> dict[str, int]:
+    """Shards per split; of settings and corpus alone, so that equal corpora give equal files."""
     if settings.shards is not None:
         return dict.fromkeys(SPLITS, settings.shards)
-    train = math.ceil(text_bytes / SHARD_TEXT_BYTES)
+    train = min(MOST_PIECES, math.ceil(text_bytes / SHARD_TEXT_BYTES))
     return {"train": train, "val": max(1, round(train * settings.val_fraction))}
 
 
-def _manifest(plan: SourcePlan, results: list[SliceResult], shards: list[ShardInfo]) -> Manifest:
+def _manifest(
+    plan: SourcePlan, slices: Iterable[SliceResult], results: dict[str, ShardResult]
+) -> Manifest:
     tokenizer = TokenizerId.of(plan.tokenizer)
-    train, val = (Split.of(s for s in shards if s.file.startswith(name)) for name in SPLITS)
+    splits: dict[str, Split] = {}
+    duplicates: dict[str, int] = {}
+    for split in SPLITS:
+        mine = [result for name, result in results.items() if name.startswith(f"{split}-")]
+        shards = [result.shard for result in mine if result.shard]
+        # In the order of the token stream, also beyond shard 99999.
+        splits[split] = Split.of(sorted(shards, key=lambda s: (len(s.file), s.file)))
+        duplicates[split] = sum(result.duplicates for result in mine)
     return Manifest(
         source=plan.name,
         tokenizer=tokenizer,
         dtype=tokenizer.dtype,
         row_tokens=ROW_TOKENS,
         settings=plan.settings,
-        train=train,
-        val=val,
-        skipped_documents=sum(r.skipped for r in results),
+        train=splits["train"],
+        val=splits["val"],
+        duplicates=duplicates,
+        problems=Problems.total(result.problems for result in slices),
         inputs=plan.inputs,
         command=shlex.join(sys.argv),
     )
@@ -285,38 +393,3 @@ def _remove_if_empty(folders: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-class _Progress:
-    """Logs a line every few seconds and at the end: how much is done, how fast, how long it takes.
-
-    tasks: how many there are; total: what the amounts given to `add` sum to.
-    """
-
-    def __init__(self, what: str, tasks: int, total: int) -> None:
-        self._what, self._tasks, self._total = what, tasks, total
-        self._done = self._amount = self._documents = self._tokens = 0
-        self._start = self._logged = time.monotonic()
-
-    def add(self, amount: int, *, documents: int = 0, tokens: int = 0) -> None:
-        self._done += 1
-        self._amount += amount
-        self._documents += documents
-        self._tokens += tokens
-        now = time.monotonic()
-        last = self._done == self._tasks
-        if last or now - self._logged >= _LOG_SECONDS:
-            self._logged = now
-            self._log(now - self._start, last)
-
-    def _log(self, seconds: float, last: bool) -> None:
-        text = f"prepare {self._what} {self._done:,}/{self._tasks:,} in {seconds:.1f} s"
-        if self._documents:
-            text += (
-                f", {self._documents:,} documents ({self._documents / seconds:,.0f}/s), "
-                f"{self._tokens:,} tokens ({self._tokens / seconds:,.0f}/s)"
-            )
-        if not last:
-            left = seconds * (self._total / max(1, self._amount) - 1)
-            text += f", {left:.0f} s left"
-        log.info(text)

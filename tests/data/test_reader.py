@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from modular_lm.config import TokenizerConfig
 from modular_lm.data import reader as reader_module
 from modular_lm.data import shards
-from modular_lm.data.manifest import FILE, Manifest, Settings, Split, TokenizerId
+from modular_lm.data.manifest import FILE, Manifest, Problems, Settings, Split, TokenizerId
 from modular_lm.data.reader import SourceReader, open_sources
 from modular_lm.data.shards import ShardWriter
 from modular_lm.errors import ConfigError, DataError
@@ -49,10 +49,11 @@ def make_source(folder: Path, lengths: list[list[int]], tokenizer: TokenizerId =
         tokenizer=tokenizer,
         dtype=tokenizer.dtype,
         row_tokens=shards.ROW_TOKENS,
-        settings=Settings(1, 0.0, False, False, None),
+        settings=Settings(1, 0.0, False, False, False, None),
         train=Split.of(infos),
         val=Split.of([]),
-        skipped_documents=0,
+        duplicates={"train": 0, "val": 0},
+        problems=Problems(),
         inputs=(),
         command="",
     ).save(folder)

@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from modular_lm.data import shards
-from modular_lm.data.manifest import FILE, InputFile, Manifest, Settings, Split, TokenizerId
+from modular_lm.data.manifest import (
+    FILE,
+    InputFile,
+    Manifest,
+    Problems,
+    Settings,
+    Split,
+    TokenizerId,
+)
 from modular_lm.data.shards import ShardFile, ShardWriter
 from modular_lm.errors import DataError
 
@@ -45,10 +53,11 @@ def manifest(train: Split, tokenizer: TokenizerId = SMALL) -> Manifest:
         tokenizer=tokenizer,
         dtype=tokenizer.dtype,
         row_tokens=shards.ROW_TOKENS,
-        settings=Settings(42, 0.01, True, True, None),
+        settings=Settings(42, 0.01, True, True, False, None),
         train=train,
         val=Split.of([]),
-        skipped_documents=3,
+        duplicates={"train": 0, "val": 0},
+        problems=Problems(empty=3),
         inputs=(InputFile("a.parquet", 17),),
         command="prepare src=ä",
     )

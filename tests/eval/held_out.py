@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modular_lm.data.manifest import Manifest, Settings, Split, TokenizerId
+from modular_lm.data.manifest import Manifest, Problems, Settings, Split, TokenizerId
 from modular_lm.data.shards import ROW_TOKENS, ShardWriter
 from modular_lm.tokenizer import Tokenizer
 
@@ -27,10 +27,11 @@ def write_held_out(folder: Path, documents: Sequence[Document], tokenizer: Token
         tokenizer=made_by,
         dtype=made_by.dtype,
         row_tokens=ROW_TOKENS,
-        settings=Settings(1, 1.0, False, False, None),
+        settings=Settings(1, 1.0, False, False, False, None),
         train=Split.of([]),
         val=Split.of([writer.info]),
-        skipped_documents=0,
+        duplicates={"train": 0, "val": 0},
+        problems=Problems(),
         inputs=(),
         command="",
     ).save(folder)
