@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from modular_lm.config import TokenizerConfig
 from modular_lm.errors import ConfigError
-from modular_lm.tokenizer import Tokenizer, build_tokenizer
+from modular_lm.tokenizer import Tokenizer, _short_runs, build_tokenizer
 
 TRICKY = ["", " ", "  two  blanks ", "a\r\nb\tc\0d", "naïve ½ 日本語 🙂 é", "'Ve 1234567 !!\n\n  x"]
 SPECIALS = ["<s>a</s>", "<|begin_of_text|>x<|end_of_text|>", "<|endoftext|>", "<unk> <0x0A>"]
@@ -48,6 +48,8 @@ def test_golden_ids(name: str, shared_data: Path) -> None:
         bos, eos = "BOS=1" in v["source"] or "bos=" in v["source"], "eos=" in v["source"]
         assert tokenizer.encode(v["text"], add_bos=bos, add_eos=eos) == v["ids"], v
         assert tokenizer.decode(v["ids"]) == v["text"]
+        array = tokenizer.encode_array(v["text"], np.uint32, add_bos=bos, add_eos=eos)
+        assert array.tolist() == v["ids"]
 
 
 def test_all_golden_vectors_are_of_a_tested_tokenizer(shared_data: Path) -> None:
@@ -81,6 +83,10 @@ def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
     expected = len(text.encode()) + (tokenizer.prefix_bytes if text else 0)
     assert tokenizer.token_bytes[ids].sum() == expected
+    dtype = "uint16" if tokenizer.n_words <= 1 << 16 else "uint32"
+    array = tokenizer.encode_array(text, dtype, add_bos=True, add_eos=True)
+    assert array.dtype == dtype
+    assert array.tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("text", SPECIALS)
@@ -105,7 +111,20 @@ def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> 
 def test_a_very_long_run_of_one_character(tokenizer: Tokenizer, run: str) -> None:
     """Without care, tiktoken panics on a run of some 10^5 blanks."""
     text = f"x{run * 300_000}y"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_array(text, np.uint32).tolist() == ids
+
+
+@pytest.mark.parametrize("length", [24_998, 24_999, 25_000, 25_001, 50_000, 50_001])
+@pytest.mark.parametrize("before", [0, 1, 12_499, 12_500, 24_999])
+def test_runs_are_cut_at_25_000(before: int, length: int) -> None:
+    for run, other in (("a", " "), ("\n", "a"), ("\u3000", "é")):
+        long, text = run * length, "e " * (before // 2) + other * (before % 2)
+        pieces = _short_runs(f"{text}{other}{long}{other}")
+        assert "".join(pieces) == f"{text}{other}{long}{other}"
+        assert len(pieces) == 1 + (length - 1) // 25_000
+        assert pieces[0] == (f"{text}{other}{run * 25_000}" if len(pieces) > 1 else pieces[0])
 
 
 def test_pickling_keeps_everything(tokenizer: Tokenizer) -> None:

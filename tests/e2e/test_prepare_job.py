@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ import zstandard
 from modular_lm.config import PrepareConfig
 from modular_lm.data.manifest import Manifest
 from modular_lm.data.prepare import prepare_sources
+from modular_lm.errors import DataError
+from tests.support import Jobs, finish, wait_until
 
 pytestmark = pytest.mark.e2e
 TEXTS = [f"document {i} " + "na " * (i % 97) for i in range(900)]
@@ -61,7 +64,7 @@ def test_on_ray_as_in_one_process(src: Path, tmp_path: Path) -> None:
     assert {p.suffix for p in dst.rglob("*.*")} == {".json", ".parquet"}
     assert f"{serial[0].train.tokens:,}" in done.stdout
     assert "skipped, without text: plain: 1" in done.stdout
-    assert "prepare mixed: tokenised part 3/3" in done.stderr
+    assert "prepare mixed: tokenised part 1/1" in done.stderr
 
     start = time.monotonic()
     again = run(*args)
@@ -73,12 +76,50 @@ def test_on_ray_as_in_one_process(src: Path, tmp_path: Path) -> None:
     assert_one_line(refused, "mixed is already prepared, and differently: seed: 42 -> 1;")
 
 
-def test_broken_input_found_by_a_task_leaves_nothing(src: Path, tmp_path: Path) -> None:
+def test_broken_input_found_by_a_task(src: Path, tmp_path: Path) -> None:
     with (src / "mixed" / "d.jsonl").open("w") as stream:
         stream.write('{"text": "fine"}\n{"text": \n')
     failed = run(f"src={src}", f"dst={tmp_path / 'dst'}")
     assert_one_line(failed, "mixed/d.jsonl:2: not a line of JSON")
-    assert not (tmp_path / "dst").exists()
+    assert not (tmp_path / "dst" / "mixed").exists()
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def work_on_record(dst: Path, pattern: str) -> list[Path]:
+    return list((dst / "many.partial" / "runs").glob(f"{pattern}.json"))
+
+
+def test_killed_in_both_passes_it_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+    """kill -9 of the job, twice; what was on record is not made again, the result is the same."""
+    src, dst = tmp_path / "many", tmp_path / "dst"
+    src.mkdir()
+    draw = random.Random(0)
+    for i in range(10):  # poorly compressible, so that they make a slice each
+        lines = lines_of([f"{i} {j} {draw.randbytes(5000).hex()}" for j in range(800)], "text")
+        (src / f"{i}.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    args = (f"src={src}", f"dst={dst}", "shards=30")
+    made: dict[Path, int] = {}
+    for pattern in ("[0-9a-f]" * 16, "train-*"):
+        job = jobs.start("ray_jobs.prepare", *args)
+        wait_until(lambda p=pattern: len(work_on_record(dst, p)) >= 2, "finished tasks", 120)
+        job.kill()
+        job.wait()
+        with pytest.raises(DataError):
+            Manifest.load(dst / "many.partial")
+        assert not (dst / "many").exists()
+        made |= {f: f.stat().st_mtime_ns for f in dst.rglob("*.run")}
+    job = jobs.start("ray_jobs.prepare", *args)
+    kept = wait_until(lambda: list(dst.rglob("*.run")), "runs")
+    assert {f: f.stat().st_mtime_ns for f in kept}.items() <= made.items()
+    output = finish(job)
+    assert "prepare many: taking over 10 of 10 parts and" in output
+    (expected,) = prepare_sources(
+        PrepareConfig(src=str(src), dst=str(tmp_path / "serial"), shards=30)
+    )
+    found = Manifest.load(dst / "many")
+    assert found.fingerprint == expected.fingerprint
+    assert (found.train, found.val) == (expected.train, expected.val)
+    assert [p.name for p in dst.iterdir()] == ["many"]
 
 
 def assert_one_line(failed: subprocess.CompletedProcess[str], message: str) -> None:
