@@ -84,9 +84,9 @@ class Tokenizer(Protocol):
         ...
 
     def encode_array(
-        self, text: str, dtype: npt.DTypeLike, *, add_bos: bool = False, add_eos: bool = False
+        self, utf8: bytes, dtype: npt.DTypeLike, *, add_bos: bool = False, add_eos: bool = False
     ) -> npt.NDArray[np.integer]:
-        """`encode` for many tokens: [n] of an integer type that holds every id."""
+        """`encode` for long texts, given as UTF-8: [n] of an integer type that holds every id."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -125,14 +125,14 @@ def well_formed(text: str) -> str:
 class _Table:
     """What a kind provides. `pieces[i]` are the bytes of id i, empty for special ids.
 
-    encode, encode_array: ids of well-formed text.
+    encode, encode_array: ids of well-formed text, given as such or as UTF-8.
     """
 
     pieces: Sequence[bytes]
     bos_id: int
     eos_id: int
     encode: Callable[[str], list[int]]
-    encode_array: Callable[[str], npt.NDArray[np.integer]]
+    encode_array: Callable[[bytes], npt.NDArray[np.integer]]
     content_hash: str
     prefix_bytes: int = 0
     file: Path | None = None
@@ -156,9 +156,9 @@ class _TableTokenizer:
         return [self.bos_id] * add_bos + ids + [self.eos_id] * add_eos
 
     def encode_array(
-        self, text: str, dtype: npt.DTypeLike, *, add_bos: bool = False, add_eos: bool = False
+        self, utf8: bytes, dtype: npt.DTypeLike, *, add_bos: bool = False, add_eos: bool = False
     ) -> npt.NDArray[np.integer]:
-        ids = self._table.encode_array(well_formed(text))
+        ids = self._table.encode_array(utf8)
         tokens = np.empty(add_bos + len(ids) + add_eos, dtype)
         tokens[add_bos : add_bos + len(ids)] = ids
         if add_bos:
@@ -193,8 +193,8 @@ def _bytes(path: str | None, where: str) -> _Table:
         raise ConfigError(f"{where}: the tokenizer `bytes` has no file; set the name to {kinds}")
     pieces = [bytes([b]) for b in range(256)] + [b"", b""]
 
-    def encode_array(text: str) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(text.encode(), np.uint8)
+    def encode_array(utf8: bytes) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(utf8, np.uint8)
 
     hashed = _hash(b"bytes", pieces)
     return _Table(pieces, 256, 257, lambda text: list(text.encode()), encode_array, hashed)
@@ -223,7 +223,7 @@ def _sentencepiece(path: str | None, where: str) -> _Table:
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
         encode=model.encode,
-        encode_array=lambda text: np.array(model.encode(text), np.int32),
+        encode_array=lambda utf8: np.array(model.encode(utf8.decode()), np.int32),
         content_hash=_hash(b"sp", [file.read_bytes()]),
         prefix_bytes=int(puts_space),
         file=file,
@@ -313,8 +313,9 @@ def _tiktoken_table(
     def encode(text: str) -> list[int]:
         return [i for run in _short_runs(text) for i in encoding.encode_ordinary(run)]
 
-    def encode_array(text: str) -> npt.NDArray[np.integer]:
-        runs = [encoding.encode_to_numpy(r, disallowed_special=()) for r in _short_runs(text)]
+    def encode_array(utf8: bytes) -> npt.NDArray[np.integer]:
+        texts = _short_runs(utf8.decode())
+        runs = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     return _Table(pieces, *bos_eos, encode, encode_array, _hash(kind, pieces), file=file)

@@ -48,7 +48,7 @@ def test_golden_ids(name: str, shared_data: Path) -> None:
         bos, eos = "BOS=1" in v["source"] or "bos=" in v["source"], "eos=" in v["source"]
         assert tokenizer.encode(v["text"], add_bos=bos, add_eos=eos) == v["ids"], v
         assert tokenizer.decode(v["ids"]) == v["text"]
-        array = tokenizer.encode_array(v["text"], np.uint32, add_bos=bos, add_eos=eos)
+        array = tokenizer.encode_array(v["text"].encode(), np.uint32, add_bos=bos, add_eos=eos)
         assert array.tolist() == v["ids"]
 
 
@@ -84,7 +84,7 @@ def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
     expected = len(text.encode()) + (tokenizer.prefix_bytes if text else 0)
     assert tokenizer.token_bytes[ids].sum() == expected
     dtype = "uint16" if tokenizer.n_words <= 1 << 16 else "uint32"
-    array = tokenizer.encode_array(text, dtype, add_bos=True, add_eos=True)
+    array = tokenizer.encode_array(text.encode(), dtype, add_bos=True, add_eos=True)
     assert array.dtype == dtype
     assert array.tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
 
@@ -113,7 +113,7 @@ def test_a_very_long_run_of_one_character(tokenizer: Tokenizer, run: str) -> Non
     text = f"x{run * 300_000}y"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.encode_array(text, np.uint32).tolist() == ids
+    assert tokenizer.encode_array(text.encode(), np.uint32).tolist() == ids
 
 
 @pytest.mark.parametrize("length", [24_998, 24_999, 25_000, 25_001, 50_000, 50_001])

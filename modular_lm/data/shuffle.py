@@ -194,7 +194,7 @@ def _tokenise_document(
     problems["invalid_utf8"] += repaired
     problems["nul"] += b"\0" in data
     tokens = recipe.tokenizer.encode_array(
-        text, recipe.dtype, add_bos=settings.add_bos, add_eos=settings.add_eos
+        data, recipe.dtype, add_bos=settings.add_bos, add_eos=settings.add_eos
     )
     if not text or text.isspace() or not len(tokens):
         problems["empty"] += 1
