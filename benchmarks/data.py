@@ -1,13 +1,14 @@
 """What feeds a training loop, and how fast: Ray Data against in-process, DataLoader and datasets.
 
-    python -m benchmarks.data [ray local dataloader datasets] [key=value ...]
+    python -m benchmarks.data [mode ...] [key=value ...]
 
 All read the same shards (default: the built-in corpus) and hand int64 tensors to one consumer:
 `ray`, the stream of `ray_jobs.train`; `local`, `data.loader=local`; `dataloader`, a torch
 DataLoader with two processes that reads the same deliveries; `datasets`, Hugging Face's library
-streaming the same tokens from Parquet, in its fastest format and without any shuffling. They take
-turns; start-up (until the first batch, Ray and imports being warm) and steady state are apart, and
-the ratios are those within a round. Prints tables and writes benchmarks/results/data.json.
+streaming the same tokens from the same Parquet files through its shuffle buffer; `datasets_scan`,
+the same in its fastest format and without any shuffling. They take turns; start-up (until the first
+batch, Ray and imports being warm) and steady state are apart, and the ratios are those within a
+round. Prints tables and writes benchmarks/results/data.json.
 
     python -m benchmarks.data ahead         how many deliveries Ray Data reads ahead at most
     python -m benchmarks.data wait          the share of time a model of 10 M parameters waits
@@ -16,15 +17,13 @@ the ratios are those within a round. Prints tables and writes benchmarks/results
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ from modular_lm.data.dataset import Dataset, LocalLoader
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 
-MODES = ("ray", "local", "dataloader", "datasets")
+Start = Callable[[], Generator[torch.Tensor]]
+MODES = ("ray", "local", "dataloader", "datasets", "datasets_scan")
 WHAT = __doc__ or ""
 WAIT_JOB = [
     "config=configs/debug.yaml", "steps=14", "model.dim=320", "model.n_layers=8", "model.n_heads=5",
@@ -62,7 +62,7 @@ class Options:
 # ------------------------------------------------------------------ what feeds
 
 
-def feeds(options: Options, data: Dataset) -> dict[str, Callable[[], Iterator[torch.Tensor]]]:
+def feeds(options: Options, data: Dataset) -> dict[str, Start]:
     """Each as a function that starts it: batches of int64 tokens [n, seq_len + 1]."""
     steps = 2 + options.steady_tokens // (options.step_samples * options.seq_len) * 2
     return {
@@ -70,10 +70,11 @@ def feeds(options: Options, data: Dataset) -> dict[str, Callable[[], Iterator[to
         "local": lambda: local(options, data, steps),
         "dataloader": lambda: dataloader(options, data, steps),
         "datasets": lambda: hugging_face(options, data),
+        "datasets_scan": lambda: hugging_face_scan(options, data),
     }
 
 
-def ray_data(options: Options, data: Dataset, steps: int) -> Iterator[torch.Tensor]:
+def ray_data(options: Options, data: Dataset, steps: int) -> Generator[torch.Tensor]:
     from ray_jobs._ingest import Stream, read_ahead
 
     stream = Stream.plan(0, steps, 1, options.step_samples, options.seq_len)
@@ -81,7 +82,7 @@ def ray_data(options: Options, data: Dataset, steps: int) -> Iterator[torch.Tens
         yield as_tensor(rows.tokens)
 
 
-def local(options: Options, data: Dataset, steps: int) -> Iterator[torch.Tensor]:
+def local(options: Options, data: Dataset, steps: int) -> Generator[torch.Tensor]:
     for rows in LocalLoader(data, options.step_samples, 0, 1).steps(0, steps):
         yield as_tensor(rows.tokens)
 
@@ -91,7 +92,7 @@ class Deliveries(torch.utils.data.IterableDataset):
 
     def __init__(self, options: Options, data: Dataset, steps: int) -> None:
         self._data, self._samples, self._steps = data, options.step_samples, steps
-        self._per_delivery = max(1, (1 << 20) // (options.step_samples * options.seq_len))
+        self._per_delivery = max(1, (1 << 21) // (options.step_samples * options.seq_len))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         worker = torch.utils.data.get_worker_info()
@@ -102,7 +103,7 @@ class Deliveries(torch.utils.data.IterableDataset):
             yield as_tensor(self._data.read(np.arange(first, min(first + size, stop))))
 
 
-def dataloader(options: Options, data: Dataset, steps: int) -> Iterator[torch.Tensor]:
+def dataloader(options: Options, data: Dataset, steps: int) -> Generator[torch.Tensor]:
     loader = torch.utils.data.DataLoader(
         Deliveries(options, data, steps), batch_size=None, num_workers=2
     )
@@ -110,29 +111,47 @@ def dataloader(options: Options, data: Dataset, steps: int) -> Iterator[torch.Te
         yield from delivery.split(options.step_samples)
 
 
-def hugging_face(options: Options, data: Dataset) -> Iterator[torch.Tensor]:
-    """Rows of 1,024 tokens as they are stored, joined and cut into samples."""
+def hugging_face(options: Options, data: Dataset) -> Generator[torch.Tensor]:
+    """Rows of 1,024 tokens shuffled in its buffer, then joined and cut into samples: the way to
+    train with it."""
+    dtype = np.uint16 if data.token_bytes == 2 else np.uint32
+    size, left, held = options.step_samples * options.seq_len + 1, [], 0
+    while True:
+        for row in _parquet(data).shuffle(seed=1, buffer_size=10_000):
+            left.append(np.frombuffer(row["tokens"], dtype))
+            held += len(left[-1])
+            if held >= size:
+                tokens = np.concatenate(left)
+                yield _samples(tokens, options)
+                left, held = [tokens[size - 1 :]], held - size + 1
+
+
+def hugging_face_scan(options: Options, data: Dataset) -> Generator[torch.Tensor]:
+    """The same rows in the order of the files, in its fastest format."""
+    dtype = np.uint16 if data.token_bytes == 2 else np.uint32
+    size, left = options.step_samples * options.seq_len + 1, np.empty(0, dtype)
+    while True:
+        for table in _parquet(data).with_format("arrow").iter(batch_size=1024):
+            rows = table["tokens"].combine_chunks().to_pylist()
+            left = np.concatenate([left, np.frombuffer(b"".join(rows), dtype)])
+            while len(left) >= size:
+                yield _samples(left, options)
+                left = left[size - 1 :]
+
+
+def _parquet(data: Dataset) -> Any:
     from datasets import load_dataset
 
     (folder,) = data.folders.values()
-    files = sorted(str(f) for f in folder.glob("train-*.parquet"))
-    size = options.step_samples * options.seq_len + 1
-    dtype = np.uint16 if data.token_bytes == 2 else np.uint32
-    left = np.empty(0, dtype)
-    for _ in itertools.count():
-        stream = load_dataset("parquet", data_files=files, split="train", streaming=True)
-        for table in stream.with_format("arrow").iter(batch_size=1024):
-            column = table["tokens"].combine_chunks()
-            tokens = np.frombuffer(b"".join(column.to_pylist()), dtype)
-            left = np.concatenate([left, tokens])
-            while len(left) >= size:
-                rows = np.lib.stride_tricks.as_strided(
-                    left,
-                    (options.step_samples, options.seq_len + 1),
-                    (options.seq_len * left.itemsize, left.itemsize),
-                )
-                yield as_tensor(rows)
-                left = left[size - 1 :]
+    files = sorted(str(file) for file in folder.glob("train-*.parquet"))
+    return load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+
+def _samples(tokens: np.ndarray, options: Options) -> torch.Tensor:
+    """The first step of a stream of tokens: windows that overlap by one."""
+    shape = (options.step_samples, options.seq_len + 1)
+    strides = (options.seq_len * tokens.itemsize, tokens.itemsize)
+    return as_tensor(np.lib.stride_tricks.as_strided(tokens, shape, strides))
 
 
 def as_tensor(tokens: np.ndarray) -> torch.Tensor:
@@ -142,7 +161,7 @@ def as_tensor(tokens: np.ndarray) -> torch.Tensor:
 # ------------------------------------------------------------------ measuring
 
 
-def measure(start: Callable[[], Iterator[torch.Tensor]], tokens: int) -> tuple[float, float]:
+def measure(start: Start, tokens: int) -> tuple[float, float]:
     """Seconds until the first batch; then tokens per second until `tokens` have come."""
     began = time.perf_counter()
     batches = start()
@@ -159,7 +178,9 @@ def measure(start: Callable[[], Iterator[torch.Tensor]], tokens: int) -> tuple[f
         seen += batch[:, 1:].numel()
         if seen >= tokens:
             break
-    return ready, seen / (time.perf_counter() - began)
+    rate = seen / (time.perf_counter() - began)
+    batches.close()
+    return ready, rate
 
 
 def compare(names: list[str], options: Options) -> dict[str, Any]:
@@ -256,7 +277,7 @@ def _compute(seconds: float) -> None:
     """Be busy, as a training step is."""
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
-        torch.ones(256, 256) @ torch.ones(256, 256)
+        torch.mm(torch.ones(256, 256), torch.ones(256, 256))
 
 
 def wait() -> dict[str, Any]:
@@ -287,7 +308,6 @@ def benchmark(chosen: list[str], options: Options) -> dict[str, Any]:
                 result["feeds"] = compare(names, options)
             if "ahead" in chosen:
                 result["ahead"] = ahead(options)
-    print(json.dumps({"cores": os.cpu_count()}))
     return result
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 import ray.train
@@ -29,7 +30,7 @@ from modular_lm.data.dataset import Dataset, StepRows, rank_range
 from modular_lm.train.run import Run
 
 DATASET = "train"
-_TOKENS_PER_DELIVERY = 1 << 20  # below this the cost of handing over shows
+_TOKENS_PER_DELIVERY = 1 << 21  # below this the cost of handing over shows
 # What Ray Data may hold for a rank, in deliveries, beside those that its generator and its
 # iterator hold: `benchmarks.data ahead` counts at most 12 in all.
 _QUEUED_DELIVERIES = 4
@@ -99,25 +100,34 @@ class ReadSegment:
         self._dataset, self._stream = dataset, stream
         self._rank, self._first = rank, first
 
-    def __call__(self, block: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
+    def __call__(self, block: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         (number,) = block["id"]
         segment = self._first + int(number)
         for steps in self._stream.deliveries_of(segment):
             index = self._stream.index(steps, self._rank)
             tokens = self._dataset.read(index)
-            yield {
-                "segment": [segment],
-                "first_step": [steps.start],
-                "index": [index.tobytes()],
-                "tokens": [tokens.tobytes()],
-                "dtype": [tokens.dtype.str],
-            }
+            yield pa.table(
+                {
+                    "segment": [segment],
+                    "first_step": [steps.start],
+                    "index": _as_row(index),
+                    "tokens": _as_row(tokens),
+                    "dtype": [tokens.dtype.str],
+                }
+            )
+
+
+def _as_row(values: np.ndarray) -> pa.Array:
+    """A column whose one row is the bytes of `values`, which are not copied."""
+    ends = np.array([0, values.nbytes], np.int64)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(values)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
 
 
 def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Iterator[Any]:
     """Start an execution of Ray Data that reads these segments for `rank`; its deliveries.
 
-    Each is a batch of one row, as `ReadSegment` yields it.
+    Each is a table of one row, as `ReadSegment` yields it.
     """
     numbers = ray.data.range(len(segments), override_num_blocks=len(segments))
     read: Any = ReadSegment(dataset, stream, rank, segments.start)
@@ -138,7 +148,8 @@ def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Ite
     limit = _QUEUED_DELIVERIES * size * (dataset.seq_len + 1) * dataset.token_bytes
     options = context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=limit)
-    return iter(deliveries.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+    batches = deliveries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    return iter(batches)
 
 
 def read_ahead(dataset: Dataset, stream: Stream, rank: int) -> Iterator[StepRows]:
@@ -154,16 +165,16 @@ def read_ahead(dataset: Dataset, stream: Stream, rank: int) -> Iterator[StepRows
 
 def _chained(
     executions: list[range], start: Callable[[range], Future[Iterator[Any]]]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[pa.Table]:
     """The deliveries of all executions; the first is started here and now, each other one while
     the last segment of the one before is delivered."""
     started = [start(executions[0])]
 
-    def deliveries() -> Iterator[dict[str, Any]]:
+    def deliveries() -> Iterator[pa.Table]:
         for number, segments in enumerate(executions):
             for delivery in started.pop().result():
-                late = delivery["segment"][0] == segments[-1] and number + 1 < len(executions)
-                if late and not started:
+                late = delivery["segment"][0].as_py() == segments[-1]
+                if late and not started and number + 1 < len(executions):
                     started.append(start(executions[number + 1]))
                 yield delivery
 
@@ -213,13 +224,17 @@ class PlanDataConfig(ray.train.DataConfig):
 
 
 def deliveries_to_steps(
-    deliveries: Iterable[dict[str, Any]], stream: Stream, rank: int, seq_len: int
+    deliveries: Iterable[pa.Table], stream: Stream, rank: int, seq_len: int
 ) -> Iterator[StepRows]:
-    """Unpack deliveries (each a batch of one row) into the rows of single steps."""
+    """Unpack deliveries (each a table of one row) into the rows of single steps.
+
+    They are views of Ray's object store, which may not be written to.
+    """
     for delivery in deliveries:
-        step = int(delivery["first_step"][0])
-        index = np.frombuffer(delivery["index"][0], np.int64)
-        tokens = np.frombuffer(delivery["tokens"][0], np.dtype(str(delivery["dtype"][0])))
+        step = delivery["first_step"][0].as_py()
+        index = np.frombuffer(delivery["index"][0].as_buffer(), np.int64)
+        dtype = np.dtype(delivery["dtype"][0].as_py())
+        tokens = np.frombuffer(delivery["tokens"][0].as_buffer(), dtype)
         tokens = tokens.reshape(len(index), seq_len + 1)
         taken = 0
         while taken < len(index):

@@ -68,6 +68,8 @@ class Dataset:
     def read(self, index: Int64s) -> npt.NDArray[np.integer]:
         """The samples of the global indices `index` [n] -> tokens [n, seq_len + 1]."""
         where = self.plan.locate(index)
+        if len(self._readers) == 1:
+            return self._readers[0].windows(where.position, self.seq_len)
         dtype = self._readers[0].manifest.dtype
         tokens = np.empty((len(index), self.seq_len + 1), dtype)
         for number, reader in enumerate(self._readers):
