@@ -121,8 +121,9 @@ def on_ray(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[Any
     waiting, pending = iter(tasks), set()
     try:
         while True:
-            wanted = _AHEAD * int(ray.cluster_resources().get("CPU", 1)) - len(pending)
-            pending.update(remote.remote(shared, task) for task in islice(waiting, max(0, wanted)))
+            cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            room = max(0, _AHEAD * cpus - len(pending))
+            pending.update(remote.remote(shared, task) for task in islice(waiting, room))
             if not pending:
                 return
             (done,), _ = ray.wait(list(pending))

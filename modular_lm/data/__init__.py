@@ -2,7 +2,8 @@
 
 - `documents`: parquet and JSON lines, streamed as texts.
 - `shuffle`: the two passes that turn documents into globally shuffled shards; plain functions.
-- `prepare`: checks, plans and drives the two passes for every source.
+  `runs`: the files between them; `finished`: which tasks an interrupted run need not do again.
+- `prepare`: checks, plans and drives the two passes for every source; `progress`: its log lines.
 - `shards`, `manifest`: the format on disk; `reader`: samples and documents out of it.
 - `builtin`: a corpus that every machine has.
 

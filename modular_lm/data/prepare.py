@@ -69,7 +69,7 @@ SHARD_TEXT_BYTES = 64 << 20
 SLICES = 256
 SMALLEST_SLICE, LARGEST_SLICE = 16 << 20, 512 << 20
 _PACKED = 3  # bytes of text per byte of an input file, about
-_PASS_2 = 0.15  # what pass 2 takes of the time of pass 1, about
+_PASS_2 = 0.1  # what pass 2 takes of the time of pass 1, about
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ each. Pass 2, `write_shard`, reads its range of keys out of every run, merges, w
 Both are plain functions of picklable arguments; who calls them, and how many at once, is up to
 `modular_lm.data.prepare` and its callers. What a task has finished is on record (`finished`).
 
-Cost. Every token is written and read once between the passes. A range of keys is one piece of
-each run, RUN_BYTES / pieces long; there are at most MOST_PIECES, so a read is 64 KiB or more
-however large the corpus. A range that is larger than memory should hold goes through temporary
-files, cut into smaller ranges: written and read once more. At 1.3 T tokens (5 TB of text, uint32):
-some 9 400 slices of 512 MiB of text, 41 000 runs, 2 048 shards of 2.5 GB in 20 such ranges, and
-80 M pieces of 64 KiB. A task holds RUN_BYTES (pass 1) or RANGE_BYTES (pass 2) of tokens; the
-driver one line per slice, run and shard.
+Cost. Every token is written and read once between the passes. A shard task reads one piece of every
+run, by index: pieces are of RUN_BYTES / MOST_PIECES = 64 KiB or more, however large the corpus, for
+there are no more shards than MOST_PIECES. A shard that is larger than memory should hold is read in
+several such pieces or, where they would get too small, cut into ranges by way of temporary files:
+written and read once more. So the work is linear in the corpus. At 1.3 T tokens (5 TB of text,
+tokens of 4 bytes): 9 400 slices of 512 MiB of text, 47 000 runs, of which the last of each slice
+is a small one, 2 048 shards of 2.5 GB, each cut into 20 ranges, and 96 M pieces, of 64 KiB in the
+main. A task holds RUN_BYTES (pass 1) or RANGE_BYTES (pass 2) of tokens; the driver a line per
+slice, run and shard.
 """
 
 from __future__ import annotations
