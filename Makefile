@@ -48,7 +48,11 @@ format: setup
 
 # Each benchmark prints a table and writes JSON to benchmarks/results/ (not in git).
 bench: setup
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.order
+	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.modular
 	$(BIN)/python -m benchmarks.recall
 	$(BIN)/python -m benchmarks.toy_lm

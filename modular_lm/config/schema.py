@@ -34,6 +34,8 @@ Dtype = Literal["fp32", "bf16"]
 Loader = Literal["ray", "local"]
 SourceFormat = Literal["hf", "meta", "torch", "dcp"]
 TargetFormat = Literal["dcp", "torch", "hf"]
+ShardsAction = Literal["inspect", "verify"]
+SplitName = Literal["train", "val"]
 ModulesAction = Literal["list", "add", "export", "import", "merge"]
 AttentionImpl = Literal["auto", "sdpa", "flex", "xformers"]
 
@@ -303,6 +305,19 @@ class PrepareConfig:
         None, "shards per source and split; default: one per 64 MiB of text, at most 2048", ge=1
     )
     overwrite: bool = key(False, "replace sources that are already prepared differently")
+
+
+@dataclass
+class ShardsConfig:
+    action: ShardsAction | None = key(
+        None, "inspect: say what is inside; verify: read and check every byte; required"
+    )
+    dir: str = key("", "a prepared source, or a folder of some; required")
+    split: SplitName = key("train", "whose documents to show")
+    samples: int = key(3, "documents to show the beginnings of", ge=0)
+    tokenizer: TokenizerConfig = key(
+        TokenizerConfig, "to show text, not ids: the tokenizer that the shards were made with"
+    )
 
 
 @dataclass

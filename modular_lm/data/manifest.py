@@ -20,7 +20,7 @@ from modular_lm.files import write_text_atomic
 from modular_lm.tokenizer import Tokenizer
 
 FORMAT = "modular-lm token shards"
-VERSION = 1
+VERSION = 2
 FILE = "manifest.json"
 SPLITS = ("train", "val")
 _AGAIN = "remove the folder and prepare the source again"

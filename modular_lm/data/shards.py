@@ -2,7 +2,8 @@
 
 Columns, one line per row of N tokens:
 - `tokens`, fixed_size_binary: N little-endian uint16 or uint32; the last row is padded with 0;
-- `doc_starts`, list<uint16>: where in the row documents begin.
+- `doc_starts`, list<uint16>: where in the row documents begin;
+- `crc32`, uint32: the CRC-32 of the bytes of `tokens`, which every reading checks.
 The footer's key-value metadata repeat what is needed to read the file alone: format, dtype, N,
 split, tokenizer hash, and the true number of tokens. A shard begins with a document.
 
@@ -15,9 +16,11 @@ would cost twice the space, as Parquet stores uint16 in 4 bytes, and be 4 to 5 t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +31,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from modular_lm.cli import run_job
+from modular_lm.config.schema import ShardsConfig
 from modular_lm.data.manifest import FORMAT, VERSION, Manifest, ShardInfo, TokenizerId, check_size
-from modular_lm.errors import DataError, reason
+from modular_lm.errors import EXIT_DONE, ConfigError, DataError, reason
 
 ROW_TOKENS = 1024
 # 1 M tokens per row group: large enough for scans, small enough to hold many while writing.
@@ -99,7 +104,10 @@ class ShardWriter:
         starts = pa.ListArray.from_arrays(
             pa.array(offsets), pa.array(column.astype(np.uint16)), self._schema.field(1).type
         )
-        table = pa.table([tokens, starts], schema=self._schema)
+        stored = self._buffer.view(np.uint8).data
+        checksums = [zlib.crc32(stored[row * width : (row + 1) * width]) for row in range(rows)]
+        columns = [tokens, starts, pa.array(checksums, pa.uint32())]
+        table = pa.table(columns, schema=self._schema)
         self._writer.write_table(table, row_group_size=rows)
         self._filled, self._starts = 0, []
 
@@ -152,15 +160,38 @@ class ShardFile:
         self.close = weakref.finalize(self, os.close, self._handle)
 
     def read_into(self, start: int, out: memoryview) -> None:
-        """Fill `out`, raw bytes of whole tokens, with the tokens from position `start` on."""
-        item, group_bytes = self._dtype.itemsize, self._group_bytes
-        at, done = start * item, 0
+        """Fill `out`, raw bytes of whole tokens, with the tokens from position `start` on.
+
+        Whole rows are read, and checked: raises DataError for one that differs from what was
+        written.
+        """
+        at, row_bytes = start * self._dtype.itemsize, self._row_tokens * self._dtype.itemsize
+        first, last = at // row_bytes, -(-(at + len(out)) // row_bytes)
+        rows = np.empty((last - first) * row_bytes, np.uint8).data
+        self._read_rows(first * row_bytes, rows)
+        for row, expected in enumerate(self._checksums[first:last].tolist()):
+            if zlib.crc32(rows[row * row_bytes : (row + 1) * row_bytes]) != expected:
+                raise self._error(f"row {first + row} differs from what was written (CRC-32)")
+        skipped = at - first * row_bytes
+        out[:] = rows[skipped : skipped + len(out)]
+
+    def _read_rows(self, at: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of the token stream from byte `at` on."""
+        done, group_bytes = 0, self._group_bytes
         while done < len(out):
             group, within = divmod(at + done, group_bytes)
             n = min(len(out) - done, group_bytes - within)
             if os.preadv(self._handle, [out[done : done + n]], self._offsets[group] + within) != n:
                 raise self._error("ends too early: changed while it was read")
             done += n
+
+    @functools.cached_property
+    def _checksums(self) -> npt.NDArray[np.uint32]:
+        """The CRC-32 of every row."""
+        try:
+            return pq.read_table(self.file, columns=["crc32"])["crc32"].to_numpy()
+        except (pa.ArrowException, OSError) as error:
+            raise self._error(f"checksums cannot be read ({reason(error)})") from error
 
     def document_starts(self) -> Iterator[npt.NDArray[np.int64]]:
         """Positions within the shard at which documents begin, a row group at a time."""
@@ -175,11 +206,17 @@ class ShardFile:
             first += self._group_bytes // self._dtype.itemsize
 
     def verify(self) -> None:
-        """Read the whole file and compare its sha256 with the manifest's."""
+        """Read the whole file; compare its sha256 and where documents begin with the manifest."""
         with self.file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != self._info.sha256:
             raise self._error("content differs from what was written (sha256)")
+        starts = np.concatenate([np.empty(0, np.int64), *self.document_starts()])
+        if len(starts) != self._info.documents:
+            raise self._error(f"holds {len(starts)} documents, not {self._info.documents}")
+        inside = starts[0] == 0 and starts[-1] < self._info.tokens
+        if not (inside and (np.diff(starts) > 0).all()):
+            raise self._error("documents do not begin one behind the other, the first at 0")
 
     def _layout(self, footer: pq.FileMetaData) -> tuple[list[int], int]:
         """File offset of each row group's tokens, and the bytes of tokens in a full row group."""
@@ -219,6 +256,7 @@ def _schema(row_bytes: int) -> pa.Schema:
         [
             pa.field("tokens", pa.binary(row_bytes), nullable=False),
             pa.field("doc_starts", starts, nullable=False),
+            pa.field("crc32", pa.uint32(), nullable=False),
         ]
     )
 
@@ -228,3 +266,25 @@ def _sync_and_hash(file: Path) -> tuple[int, str]:
         os.fsync(stream.fileno())
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return os.fstat(stream.fileno()).st_size, digest
+
+
+def main(config: ShardsConfig, given: dict[str, Any]) -> int:
+    """The command `python -m modular_lm.data.shards`: print what is asked; the exit code."""
+    from modular_lm.data import inspect
+
+    if config.action is None:
+        raise ConfigError("action=null: expected inspect or verify")
+    if not config.dir:
+        raise ConfigError("dir=: name a prepared source, or a folder of some")
+    for line in {"inspect": inspect.inspect, "verify": inspect.verify}[config.action](config):
+        print(line, flush=True)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_job(
+        ShardsConfig,
+        main,
+        what="Look into prepared sources, or check them.",
+        usage="python -m modular_lm.data.shards action=inspect|verify dir=SHARDS",
+    )

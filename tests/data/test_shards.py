@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from modular_lm.data import shards
 from modular_lm.data.manifest import (
     FILE,
+    VERSION,
     InputFile,
     Manifest,
     Problems,
@@ -88,6 +90,34 @@ def test_round_trip(tokenizer: TokenizerId, lengths: list[int], tmp_path: Path) 
     shard.verify()
 
 
+@pytest.mark.parametrize("tokenizer", [SMALL, LARGE])
+def test_a_flipped_bit_is_named_by_the_reading_that_meets_it(
+    tokenizer: TokenizerId, tmp_path: Path
+) -> None:
+    m = write(tmp_path, documents([100]), tokenizer)
+    file = tmp_path / "train-00000.parquet"
+    width = 8 * np.dtype(tokenizer.dtype).itemsize
+    at = open_shard(tmp_path, m)._offsets[1] + width  # second row of the second group
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    shard = open_shard(tmp_path, m)
+    for start, n in [(0, 40), (48, 52)]:
+        assert len(tokens_of(shard, start, n, tokenizer.dtype)) == n
+    for start, n in [(0, 41), (44, 1), (47, 53)]:
+        with pytest.raises(DataError, match=r"train-00000\.parquet: row 5 differs .*CRC-32"):
+            tokens_of(shard, start, n, tokenizer.dtype)
+
+
+@pytest.mark.parametrize(("n_words", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_vocabulary_decides_the_type(n_words: int, dtype: str, tmp_path: Path) -> None:
+    tokenizer = TokenizerId("sp", "ab" * 32, n_words)
+    last = np.array([n_words - 1, 0, n_words - 1])
+    shard = open_shard(tmp_path, write(tmp_path, [last], tokenizer))
+    assert tokenizer.dtype == dtype
+    assert tokens_of(shard, 0, 3, dtype).tolist() == last.tolist()
+
+
 def test_other_programs_can_read_a_shard(tmp_path: Path) -> None:
     write(tmp_path, documents([3, 5, 20, 9]))
     table = pq.read_table(tmp_path / "train-00000.parquet")
@@ -96,12 +126,13 @@ def test_other_programs_can_read_a_shard(tmp_path: Path) -> None:
     assert np.array_equal(rows.reshape(-1)[:37], np.concatenate(documents([3, 5, 20, 9])))
     assert not rows.reshape(-1)[37:].any()
     assert table["doc_starts"].to_pylist() == [[0, 3], [0], [], [4], []]
+    assert table["crc32"].to_pylist() == [zlib.crc32(row) for row in table["tokens"].to_pylist()]
     footer = pq.read_metadata(tmp_path / "train-00000.parquet").metadata
     metadata = {k.decode(): v.decode() for k, v in footer.items()}
     assert metadata.pop("ARROW:schema")
     assert metadata == {
         "format": "modular-lm token shards",
-        "version": "1",
+        "version": str(VERSION),
         "split": "train",
         "tokenizer_hash": SMALL.content_hash,
         "dtype": "uint16",
@@ -247,7 +278,7 @@ def test_a_manifest_that_cannot_be_used(tmp_path: Path) -> None:
             Manifest.load(tmp_path)
 
     load_after("not a manifest of modular-lm", format="other")
-    load_after("format version 2, this program reads 1", version=2)
+    load_after(f"format version 9, this program reads {VERSION}", version=9)
     load_after("damaged .*'tokenizer'", tokenizer=None)
     load_after("damaged .*unexpected", more=1)
     load_after(
