@@ -5,9 +5,10 @@
 `data` holds `text/SOURCE/*.parquet` and `tokenizers/{llama2,llama3}/tokenizer.model`. All files of
 `text` are one source here.
 
-- speed: MB of text per second and core of (a) a loop of `encode` over texts in memory, in one
-  process and in two at once, (b) the whole prepare in one process, (c) on Ray with 2 CPUs; and the
-  slopes by which a larger corpus can be reckoned: seconds of each pass, bytes on disk.
+- speed: MB of text per second and core, and per processor second, of (a) a loop of `encode` over
+  texts in memory, in one process and in two at once, (b) the whole prepare in one process, (c) on
+  Ray with 2 CPUs; and the slopes by which a larger corpus can be reckoned: seconds of each pass,
+  bytes on disk.
 - memory: peak of the job on Ray above that of the idle Ray, for the corpus and for `copies` of it
   whose documents differ.
 - shuffle: the two passes against Ray Data's `random_shuffle` and `sort` on the same documents.
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,8 @@ from ray_jobs.prepare import on_ray
 
 MODES = ("speed", "memory", "shuffle")
 CORES = 2
+# What is timed, and the bare loop it is compared with.
+HOW = {"bare": "bare", "bare x 2": "bare", "serial": "bare", "ray": "bare x 2"}
 IDLE_SECONDS = 5.0
 MB, MIB = 1e6, 1 << 20
 
@@ -111,34 +114,43 @@ def _column(file: Path) -> pa.ChunkedArray:
 # ------------------------------------------------------------------ speed
 
 
-def bare_loop(config: TokenizerConfig, texts: Sequence[str]) -> float:
-    """Seconds of encoding all texts, one after the other."""
+class Clock(NamedTuple):
+    """Seconds that something took, and processor seconds of all processes that did it."""
+
+    wall: float
+    cpu: float
+
+
+def bare_loop(config: TokenizerConfig, texts: Sequence[str]) -> Clock:
+    """Encode all texts, one after the other."""
     encode = build_tokenizer(config).encode
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for text in texts:
         encode(text, add_bos=True, add_eos=True)
-    return time.perf_counter() - start
+    return Clock(time.perf_counter() - start, time.process_time() - cpu)
 
 
-def bare_loops(config: TokenizerConfig, corpus: Path) -> float:
-    """Mean seconds of `bare_loop` in each of CORES processes at once."""
+def bare_loops(config: TokenizerConfig, corpus: Path) -> Clock:
+    """Means of `bare_loop` in each of CORES processes at once."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(CORES), context.Queue()
     arguments = (config, corpus, barrier, results)
-    processes = [context.Process(target=_one_of_many, args=arguments) for _ in range(CORES)]
+    processes = [
+        context.Process(target=_one_of_many, args=arguments, daemon=True) for _ in range(CORES)
+    ]
     for process in processes:
         process.start()
-    seconds = [results.get(timeout=600) for _ in processes]
+    clocks = [results.get(timeout=900) for _ in processes]
     for process in processes:
         process.join()
-    return statistics.mean(seconds)
+    return Clock(*(statistics.mean(values) for values in zip(*clocks, strict=True)))
 
 
 def _one_of_many(config: TokenizerConfig, corpus: Path, barrier: Any, results: Any) -> None:
     texts = read_corpus(corpus)
     build_tokenizer(config)
     barrier.wait()
-    results.put(bare_loop(config, texts))
+    results.put(tuple(bare_loop(config, texts)))
 
 
 @dataclass
@@ -161,8 +173,7 @@ class Timed:
 @dataclass(frozen=True)
 class Prepared:
     manifest: Manifest
-    seconds: float
-    cpu_seconds: float
+    clock: Clock
     passes: tuple[float, float]
     run_bytes: int
 
@@ -174,16 +185,15 @@ def prepare(src: Path, dst: Path, config: TokenizerConfig, map_tasks: MapTasks) 
     start, cpu = time.perf_counter(), cpu_seconds()
     plans = plan_sources(PrepareConfig(str(src), str(dst), config))
     (manifest,) = run_plans(plans, timed)
-    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-    return Prepared(manifest, seconds, cpu, (timed.seconds[0], timed.seconds[1]), timed.run_bytes)
+    clock = Clock(time.perf_counter() - start, cpu_seconds() - cpu)
+    return Prepared(manifest, clock, (timed.seconds[0], timed.seconds[1]), timed.run_bytes)
 
 
 @contextmanager
-def warm_ray(config: TokenizerConfig, scratch: Path, num_cpus: int | None) -> Iterator[None]:
-    """A Ray whose workers have imported what they need and loaded the tokenizer."""
-    with ray_session(num_cpus):
-        warm_up = functools.partial(_warm_up, config)
-        list(on_ray(warm_up, range(4 * (num_cpus or 4))))
+def warm_ray(config: TokenizerConfig) -> Iterator[None]:
+    """A Ray of CORES CPUs whose workers have imported what they need and loaded the tokenizer."""
+    with ray_session(CORES):
+        list(on_ray(functools.partial(_warm_up, config), range(4 * CORES)))
         yield
 
 
@@ -194,33 +204,32 @@ def _warm_up(config: TokenizerConfig, number: int) -> int:
 
 
 def speed_of(name: str, options: Options, corpus: Path, scratch: Path) -> dict[str, Any]:
-    """All measurements of one tokenizer: MB of text per second and core, in turns."""
+    """All measurements of one tokenizer, in turns; `clocks` by what ran."""
     config, texts = tokenizer_config(options, name), read_corpus(corpus)
-    text_bytes = sum(len(text.encode()) for text in texts)
-    rates: dict[str, list[float]] = {k: [] for k in ("bare", f"bare x {CORES}", "serial", "ray")}
+    clocks: dict[str, list[Clock]] = {how: [] for how in HOW}
     made: dict[str, Prepared] = {}
-    with warm_ray(config, scratch, CORES):
+    with warm_ray(config):
         for _ in range(options.rounds):
-            rates["bare"].append(text_bytes / bare_loop(config, texts))
+            clocks["bare"].append(bare_loop(config, texts))
             made["serial"] = prepare(corpus, scratch / "serial", config, serial)
-            rates["serial"].append(text_bytes / made["serial"].seconds)
-            rates[f"bare x {CORES}"].append(text_bytes / bare_loops(config, corpus))
+            clocks["serial"].append(made["serial"].clock)
+            clocks["bare x 2"].append(bare_loops(config, corpus))
             made["ray"] = prepare(corpus, scratch / "ray", config, on_ray)
-            rates["ray"].append(text_bytes / made["ray"].seconds / CORES)
+            clocks["ray"].append(made["ray"].clock)
     assert made["ray"].manifest.fingerprint == made["serial"].manifest.fingerprint
     train, val = made["ray"].manifest.train, made["ray"].manifest.val
     tokens, stored = train.tokens + val.tokens, [*train.shards, *val.shards]
+    text_bytes = train.text_bytes + val.text_bytes
     return {
         "tokenizer": name,
         "documents": len(texts),
         "text_bytes": text_bytes,
         "tokens": tokens,
-        "rates": rates,
-        "pass_seconds_per_gb": {
+        "clocks": {how: [c._asdict() for c in listed] for how, listed in clocks.items()},
+        "pass_core_seconds_per_gb": {
             how: [s * (CORES if how == "ray" else 1) * 1e9 / text_bytes for s in done.passes]
             for how, done in made.items()
         },
-        "cpu_seconds_per_gb": {h: d.cpu_seconds * 1e9 / text_bytes for h, d in made.items()},
         "disk_bytes_per_token": sum(s.size for s in stored) / tokens,
         "scratch_bytes_per_token": made["ray"].run_bytes / tokens,
     }
@@ -232,50 +241,54 @@ def speed(options: Options, corpus: Path, scratch: Path) -> list[dict[str, Any]]
 
     def rows() -> Iterator[tuple[str, ...]]:
         for name in options.tokenizers:
-            result = speed_of(name, options, corpus, scratch)
-            found.append(result)
-            text_bytes = result["text_bytes"]
-            bare, bares = (result["rates"][k] for k in ("bare", f"bare x {CORES}"))
-            for how, rates in result["rates"].items():
-                rate = statistics.median(rates)
-                base = bares if how == "ray" else bare
-                yield (
-                    f"{name} {how}",
-                    f"{rate / MB:.2f}",
-                    f"{rate / text_bytes * result['documents']:,.0f}",
-                    f"{rate / text_bytes * result['tokens']:,.0f}",
-                    _ratio(rates, bare),
-                    _ratio(rates, base),
-                )
+            found.append(speed_of(name, options, corpus, scratch))
+            yield from _speed_rows(found[-1])
 
-    header = ("per core", "MB/s", "docs/s", "tokens/s", "/ bare", f"ray / bare x {CORES}")
-    print_table(header, rows())
+    units = ("MB/s", "docs/s", "tokens/s", "/ bare", "MB/CPU-s", "/ bare")
+    print_table(("per core", *units), rows())
     print()
     slopes = [
         (
             f"{r['tokenizer']} {how}",
-            *(f"{s:.1f}" for s in r["pass_seconds_per_gb"][how]),
-            f"{r['cpu_seconds_per_gb'][how]:.1f}",
+            *(f"{s:.1f}" for s in r["pass_core_seconds_per_gb"][how]),
+            f"{r['clocks'][how][-1]['cpu'] * 1e9 / r['text_bytes']:.1f}",
             f"{r['disk_bytes_per_token']:.3f}",
             f"{r['scratch_bytes_per_token']:.3f}",
         )
         for r in found
-        for how in r["pass_seconds_per_gb"]
+        for how in r["pass_core_seconds_per_gb"]
     ]
-    header = (
-        "core-s per GB of text",
-        "pass 1",
-        "pass 2",
-        "CPU s",
-        "disk B/token",
-        "scratch B/token",
-    )
-    print_table(header, slopes)
+    units = ("pass 1", "pass 2", "CPU s", "disk B/token", "scratch B/token")
+    print_table(("core-s per GB of text", *units), slopes)
     return found
 
 
-def _ratio(rates: list[float], base: list[float]) -> str:
-    return f"{statistics.median(a / b for a, b in zip(rates, base, strict=True)):.2f}"
+def _speed_rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rates per core: by the clock, and by processor time, which other programs disturb less.
+
+    Ray is compared with as many bare loops at once, for cores that share caches are slower.
+    """
+    clocks, size = result["clocks"], result["text_bytes"]
+    for how, base in HOW.items():
+        cores = CORES if how == "ray" else 1
+        wall = statistics.median(c["wall"] * cores for c in clocks[how])
+        cpu = statistics.median(c["cpu"] for c in clocks[how])
+        ratios = [
+            statistics.median(
+                b[k] / (c[k] * (cores if k == "wall" else 1))
+                for b, c in zip(clocks[base], clocks[how], strict=True)
+            )
+            for k in ("wall", "cpu")
+        ]
+        rates = (f"{result[k] / wall:,.0f}" for k in ("documents", "tokens"))
+        yield (
+            f"{result['tokenizer']} {how}",
+            f"{size / wall / MB:.2f}",
+            *rates,
+            f"{ratios[0]:.2f}",
+            f"{size / cpu / MB:.2f}",
+            f"{ratios[1]:.2f}",
+        )
 
 
 # ------------------------------------------------------------------ memory
