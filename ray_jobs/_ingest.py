@@ -15,6 +15,7 @@ delivery carries its global sample indices, which the trainer checks.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import ray.data
 import ray.train
 
 from modular_lm.data.dataset import Dataset, StepRows, rank_range
+from modular_lm.errors import UserFacingError
 from modular_lm.train.run import Run
 
 DATASET = "train"
@@ -105,7 +107,12 @@ class ReadSegment:
         segment = self._first + int(number)
         for steps in self._stream.deliveries_of(segment):
             index = self._stream.index(steps, self._rank)
-            tokens = self._dataset.read(index)
+            try:
+                tokens = self._dataset.read(index)
+            except UserFacingError as error:
+                # As a value, so that it arrives as it was raised.
+                yield pa.table({"segment": [segment], "error": [pickle.dumps(error)]})
+                return
             yield pa.table(
                 {
                     "segment": [segment],
@@ -228,9 +235,12 @@ def deliveries_to_steps(
 ) -> Iterator[StepRows]:
     """Unpack deliveries (each a table of one row) into the rows of single steps.
 
-    They are views of Ray's object store, which may not be written to.
+    They are views of Ray's object store, which may not be written to. Raises what a delivery
+    brings instead of rows.
     """
     for delivery in deliveries:
+        if "error" in delivery.column_names:
+            raise pickle.loads(delivery["error"][0].as_py())
         step = delivery["first_step"][0].as_py()
         index = np.frombuffer(delivery["index"][0].as_buffer(), np.int64)
         dtype = np.dtype(delivery["dtype"][0].as_py())

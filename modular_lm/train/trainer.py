@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from modular_lm.config import TrainConfig
 from modular_lm.data.dataset import StepRows, document_ids, micro_batches, rank_range
 from modular_lm.data.fingerprint import digest
-from modular_lm.errors import RunFailedError
+from modular_lm.errors import RunFailedError, UserFacingError
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
 from modular_lm.eval.positions import write_curves
 from modular_lm.model.columns import begin_column
@@ -141,10 +141,11 @@ class Trainer:
         self.model.train()
         self._clock = Stopwatch()
         while self.step < stop_step:
-            if self._agreed_stop():
+            rows = self._next(steps)
+            if self._agreed_stop(rows):
                 self._save()
                 return Outcome("stopped", self.step, self.last_loss)
-            rows = self._next(steps)
+            assert isinstance(rows, StepRows)
             result = self._optimize(rows)
             self.step += 1
             self.tokens += self._tokens_per_step
@@ -158,16 +159,20 @@ class Trainer:
 
     # -------------------------------------------------------------- one step
 
-    def _next(self, steps: Iterator[StepRows]) -> StepRows:
+    def _next(self, steps: Iterator[StepRows]) -> StepRows | UserFacingError:
+        """The rows of this step, or why this rank has none: not raised, others may have theirs."""
         asked = time.perf_counter()
-        rows = next(steps, None)
+        try:
+            rows = next(steps, None)
+        except UserFacingError as error:
+            return error
         self._clock.waited += time.perf_counter() - asked
         expected = np.arange(
             *rank_range(self.step, self.global_batch_size, self.world.rank, self.world.size)
         )
         if rows is None or not np.array_equal(rows.index, expected):
             got = "nothing" if rows is None else f"{rows.index[:1]}..{rows.index[-1:]}"
-            raise RunFailedError(
+            return RunFailedError(
                 f"step {self.step}, rank {self.world.rank}: expected the samples {expected[0]}.."
                 f"{expected[-1]}, the data stream delivered {got}"
             )
@@ -211,10 +216,16 @@ class Trainer:
 
     # -------------------------------------------------------------- beside the steps
 
-    def _agreed_stop(self) -> bool:
-        """Whether any rank was asked to stop. A collective."""
+    def _agreed_stop(self, rows: StepRows | UserFacingError) -> bool:
+        """Whether any rank was asked to stop. A collective.
+
+        Raises AgreedError if any rank got no rows.
+        """
         reason = self.callbacks.stop()
-        (told,) = self.world.sum(float(reason is not None))
+        failed = isinstance(rows, UserFacingError)
+        told, failures = self.world.sum(float(reason is not None), float(failed))
+        if failures:
+            self.world.together(lambda: _raise(rows), "the training data cannot be read")
         if told and self.world.rank == 0:
             log.info("stopping at step %d: %s", self.step, reason or "another rank was asked to")
         return bool(told)
@@ -290,6 +301,11 @@ class Trainer:
     def _digest(low: float, high: float) -> str:
         """The digest of all samples seen, 16 hexadecimal digits, from the sums of `_halves`."""
         return f"{(int(low) + (int(high) << 32)) % 2**64:016x}"
+
+
+def _raise(rows: StepRows | UserFacingError) -> None:
+    if isinstance(rows, UserFacingError):
+        raise rows
 
 
 def _due(step: int, every: int) -> bool:

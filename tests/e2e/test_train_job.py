@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -110,6 +112,23 @@ def test_data_that_changed_are_refused_then_allowed_and_recorded(
     assert digests(folder)[21] != digests(uninterrupted)[21]
     again = jobs.run("ray_jobs.train", *TINY, where, "steps=30", code=2)
     assert "data.seed: 7 -> 42" in again
+
+
+def test_a_damaged_shard_is_named_without_a_traceback_or_a_second_try(
+    jobs: Jobs, cache: Path, tmp_path: Path
+) -> None:
+    folder, where = run_folder(tmp_path / "damaged")
+    source = tmp_path / "data" / "lib"
+    shutil.copytree(next(cache.glob("*/builtin")), source)
+    with (source / "train-00000.parquet").open("r+b") as file:
+        for at in range(0, 20 << 20, 4096):
+            file.seek(at + 1000)
+            file.write(b"\xff\xff")
+    arguments = [f"data.root_dir={source.parent}", "data.sources={lib: 1}"]
+    output = jobs.run("ray_jobs.train", *TINY, where, *arguments, code=2)
+    assert re.search(r"error: .*data/lib/train-00000\.parquet: row \d+ differs", output)
+    assert "Traceback" not in output
+    assert [event["event"] for event in folder.events()].count("attempt") == 1
 
 
 def test_killed_worker_the_run_finishes_by_itself_with_the_same_loss(

@@ -16,7 +16,7 @@ from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import resolve
 from modular_lm.config.schema import TokenizerConfig
 from modular_lm.data.dataset import StepRows
-from modular_lm.errors import AgreedError, RunFailedError
+from modular_lm.errors import AgreedError
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World, init_world
@@ -167,10 +167,10 @@ def test_a_stop_request_saves_the_step_it_came_at(world: World, tmp_path: Path) 
 
 
 def test_rows_of_another_step_are_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(RunFailedError, match=r"step 0, rank 0: expected the samples 0\.\.7"):
+    with pytest.raises(AgreedError, match=r"step 0, rank 0: expected the samples 0\.\.7"):
         trainer(world, tmp_path, Recorder()).run(rows(1), 12)
     short = iter([dataclasses.replace(next(rows()), index=np.arange(7))])
-    with pytest.raises(RunFailedError, match="the data stream delivered"):
+    with pytest.raises(AgreedError, match="the data stream delivered"):
         trainer(world, tmp_path, Recorder()).run(short, 12)
 
 
