@@ -8,6 +8,7 @@ and quickly. What the shards look like inside is `modular_lm.data.shards`' busin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -173,7 +174,7 @@ class Manifest:
         """The split of that name; KeyError for another than train or val."""
         return {"train": self.train, "val": self.val}[name]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the tokens and their order: equal for equal data."""
         shards = [[s.sha256 for s in self.split(name).shards] for name in SPLITS]

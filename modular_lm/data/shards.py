@@ -16,7 +16,6 @@ would cost twice the space, as Parquet stores uint16 in 4 bytes, and be 4 to 5 t
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import weakref
@@ -40,6 +39,7 @@ ROW_TOKENS = 1024
 # 1 M tokens per row group: large enough for scans, small enough to hold many while writing.
 GROUP_ROWS = 1024
 _MAX_PAGE_HEADER = 128
+_TOKENS, _CRC32 = 0, 2  # Parquet columns; 1 is doc_starts
 
 
 def token_dtype(name: str) -> np.dtype[Any]:
@@ -73,6 +73,7 @@ class ShardWriter:
             compression="none",
             use_dictionary=False,
             write_statistics=False,
+            write_page_checksum=True,
             data_page_size=1 << 30,  # one page per row group, which `ShardFile` relies on
         )
         return self
@@ -134,15 +135,17 @@ class ShardWriter:
 
 
 class ShardFile:
-    """One shard of a source, checked against its manifest, read by token position.
+    """One shard of a source, checked against its manifest, read by rows or token positions.
 
-    Raises DataError that names the file and what is wrong. Opening reads the footer only; `verify`
-    reads everything. `close()` gives the file handle back, as does the end of the object.
+    Raises DataError that names the file and what is wrong. Opening reads the footer only, reading
+    checks the rows it touches, `verify` reads everything. The file is open from here on until
+    `close()`, and again from the next reading on.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, info: ShardInfo) -> None:
         self.file, self._info = folder / info.file, info
-        check_size(self.file, info.size)
+        self._handle: int | None = None
+        self._open()
         try:
             footer = pq.read_metadata(self.file)
         except (pa.ArrowException, OSError) as error:
@@ -153,60 +156,97 @@ class ShardFile:
         for name, value in expected.items():
             if found.get(name) != value:
                 raise self._error(f"{name} is {found.get(name)}, the manifest says {value}")
-        self._dtype = token_dtype(manifest.dtype)
         self._row_tokens = manifest.row_tokens
-        self._offsets, self._group_bytes = self._layout(footer)
+        self._row_bytes = manifest.row_tokens * token_dtype(manifest.dtype).itemsize
+        if not footer.schema.to_arrow_schema().equals(_schema(self._row_bytes)):
+            raise self._error("holds other columns: rewritten by another program")
+        rows = self._rows(footer)
+        self._n_rows, self._group_rows = sum(rows), rows[0]
+        self._tokens_at = self._values_at(footer, _TOKENS, self._row_bytes)
+        self._checksums_at = self._values_at(footer, _CRC32, 4)
+        self._checksums: dict[int, npt.NDArray[np.uint32]] = {}
+
+    def _open(self) -> int:
+        check_size(self.file, self._info.size)
         self._handle = os.open(self.file, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._handle)
+        self._give_back = weakref.finalize(self, os.close, self._handle)
+        return self._handle
+
+    def close(self) -> None:
+        """Give the file handle and the checksums read so far back; the layout stays known."""
+        if self._handle is not None:
+            self._give_back()
+            self._handle = None
+            self._checksums.clear()
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill `out`, raw bytes of whole tokens, with the tokens from position `start` on.
 
-        Whole rows are read, and checked: raises DataError for one that differs from what was
-        written.
+        Reads, and checks, the whole rows that hold them.
         """
-        at, row_bytes = start * self._dtype.itemsize, self._row_tokens * self._dtype.itemsize
-        first, last = at // row_bytes, -(-(at + len(out)) // row_bytes)
-        rows = np.empty((last - first) * row_bytes, np.uint8).data
-        self._read_rows(first * row_bytes, rows)
-        for row, expected in enumerate(self._checksums[first:last].tolist()):
-            if zlib.crc32(rows[row * row_bytes : (row + 1) * row_bytes]) != expected:
-                raise self._error(f"row {first + row} differs from what was written (CRC-32)")
-        skipped = at - first * row_bytes
+        at = start * (self._row_bytes // self._row_tokens)
+        first, skipped = divmod(at, self._row_bytes)
+        n_rows = -(-(skipped + len(out)) // self._row_bytes)
+        rows = np.empty(n_rows * self._row_bytes, np.uint8).data
+        self.read_rows(first, rows)
         out[:] = rows[skipped : skipped + len(out)]
 
-    def _read_rows(self, at: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of the token stream from byte `at` on."""
-        done, group_bytes = 0, self._group_bytes
+    def read_rows(self, first: int, out: memoryview) -> None:
+        """Fill `out`, raw bytes of whole rows, with the rows from number `first` on.
+
+        Raises DataError for a row that differs from what was written.
+        """
+        done, width = 0, self._row_bytes
         while done < len(out):
-            group, within = divmod(at + done, group_bytes)
-            n = min(len(out) - done, group_bytes - within)
-            if os.preadv(self._handle, [out[done : done + n]], self._offsets[group] + within) != n:
-                raise self._error("ends too early: changed while it was read")
+            group, within = divmod(first + done // width, self._group_rows)
+            n = min(len(out) - done, (self._group_rows - within) * width)
+            rows = out[done : done + n]
+            self._fill(rows, self._tokens_at[group] + within * width)
+            expected = self._checksums_of(group)[within : within + n // width].tolist()
+            found = [zlib.crc32(rows[at : at + width]) for at in range(0, n, width)]
+            if found != expected:
+                wrong = next(i for i, crc in enumerate(found) if crc != expected[i])
+                row = group * self._group_rows + within + wrong
+                raise self._error(f"row {row} differs from what was written (CRC-32)")
             done += n
 
-    @functools.cached_property
-    def _checksums(self) -> npt.NDArray[np.uint32]:
-        """The CRC-32 of every row."""
+    def _checksums_of(self, group: int) -> npt.NDArray[np.uint32]:
+        """The CRC-32 of each row of a row group."""
+        known = self._checksums.get(group)
+        if known is None:
+            known = np.empty(min(self._group_rows, self._n_rows - group * self._group_rows), "<u4")
+            self._fill(known.view(np.uint8).data, self._checksums_at[group])
+            self._checksums[group] = known
+        return known
+
+    def _fill(self, out: memoryview, at: int) -> None:
+        """Fill `out` with the bytes of the file from byte `at` on."""
+        handle = self._open() if self._handle is None else self._handle
         try:
-            return pq.read_table(self.file, columns=["crc32"])["crc32"].to_numpy()
-        except (pa.ArrowException, OSError) as error:
-            raise self._error(f"checksums cannot be read ({reason(error)})") from error
+            n = os.preadv(handle, [out], at)
+        except OSError as error:
+            raise self._error(f"cannot be read ({reason(error)})") from error
+        if n != len(out):
+            raise self._error("ends too early: changed while it was read")
 
     def document_starts(self) -> Iterator[npt.NDArray[np.int64]]:
         """Positions within the shard at which documents begin, a row group at a time."""
-        parquet = pq.ParquetFile(self.file)
-        first = 0
+        parquet = pq.ParquetFile(self.file, page_checksum_verification=True)
         for group in range(parquet.num_row_groups):
-            column = parquet.read_row_group(group, columns=["doc_starts"])["doc_starts"]
-            starts = column.combine_chunks()
+            try:
+                table = parquet.read_row_group(group, columns=["doc_starts"])
+            except (pa.ArrowException, OSError) as error:
+                raise self._error(f"doc_starts cannot be read ({reason(error)})") from error
+            starts = table["doc_starts"].combine_chunks()
             rows = np.repeat(np.arange(len(starts)), np.diff(starts.offsets.to_numpy()))
             within = starts.values.to_numpy().astype(np.int64)
-            yield first + rows * self._row_tokens + within
-            first += self._group_bytes // self._dtype.itemsize
+            yield (group * self._group_rows + rows) * self._row_tokens + within
 
     def verify(self) -> None:
-        """Read the whole file; compare its sha256 and where documents begin with the manifest."""
+        """Read the whole file; compare rows, sha256 and documents with what is recorded of them."""
+        for first in range(0, self._n_rows, self._group_rows):
+            n_rows = min(self._group_rows, self._n_rows - first)
+            self.read_rows(first, np.empty(n_rows * self._row_bytes, np.uint8).data)
         with self.file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != self._info.sha256:
@@ -218,22 +258,27 @@ class ShardFile:
         if not (inside and (np.diff(starts) > 0).all()):
             raise self._error("documents do not begin one behind the other, the first at 0")
 
-    def _layout(self, footer: pq.FileMetaData) -> tuple[list[int], int]:
-        """File offset of each row group's tokens, and the bytes of tokens in a full row group."""
+    def _rows(self, footer: pq.FileMetaData) -> list[int]:
+        """Rows of each row group: all have as many, but for the last."""
         rows = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
-        width = self._row_tokens * self._dtype.itemsize
         regular = rows and all(r == rows[0] for r in rows[:-1]) and rows[-1] <= rows[0]
         if sum(rows) != -(-self._info.tokens // self._row_tokens) or not regular:
             raise self._error(f"row groups of {rows} rows do not hold {self._info.tokens} tokens")
+        return rows
+
+    def _values_at(self, footer: pq.FileMetaData, column: int, width: int) -> list[int]:
+        """Where in the file each row group's values of a column lie, `width` bytes a row."""
         offsets = []
-        for g, n in enumerate(rows):
-            chunk = footer.row_group(g).column(0)
-            header = chunk.total_compressed_size - n * width
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            chunk = group.column(column)
+            header = chunk.total_compressed_size - group.num_rows * width
             plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
             if not plain or not 0 < header <= _MAX_PAGE_HEADER:
-                raise self._error("tokens are not stored plainly: rewritten by another program")
+                name = chunk.path_in_schema
+                raise self._error(f"{name} are not stored plainly: rewritten by another program")
             offsets.append(chunk.data_page_offset + header)
-        return offsets, rows[0] * width
+        return offsets
 
     def _error(self, what: str) -> DataError:
         return DataError(f"{self.file}: {what}; prepare the source again with overwrite=true")

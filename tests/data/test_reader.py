@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from modular_lm.data import reader as reader_module
 from modular_lm.data import shards
 from modular_lm.data.manifest import FILE, Manifest, Problems, Settings, Split, TokenizerId
 from modular_lm.data.reader import SourceReader, open_sources
-from modular_lm.data.shards import ShardWriter
+from modular_lm.data.shards import ShardFile, ShardWriter
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.tokenizer import build_tokenizer
 
@@ -137,8 +139,46 @@ def test_a_source_that_was_prepared_again_is_noticed(tmp_path: Path) -> None:
         pickle.loads(pickled)
 
 
+def test_unpickling_gives_the_same_reader_while_the_manifest_is_the_same(tmp_path: Path) -> None:
+    make_source(tmp_path, [[50], [60]])
+    pickled = pickle.dumps(SourceReader(tmp_path))
+    reader = pickle.loads(pickled)
+    assert pickle.loads(pickled) is reader
+    assert pickle.loads(pickle.dumps(SourceReader(tmp_path, "val"))) is not reader
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(pickle.loads, pickled).result() is not reader
+    make_source(tmp_path, [[50], [60]])
+    assert pickle.loads(pickled) is not reader
+    (tmp_path / FILE).unlink()
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        pickle.loads(pickled)
+
+
+def test_neighbours_are_read_together_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "_RUN_ROWS", 10)
+    docs = make_source(tmp_path, [[999]])
+    read: list[tuple[int, int]] = []
+    read_rows = ShardFile.read_rows
+
+    def spy(self: ShardFile, first: int, out: memoryview) -> None:
+        read.append((first, len(out) // 16))
+        read_rows(self, first, out)
+
+    monkeypatch.setattr(ShardFile, "read_rows", spy)
+    windows = SourceReader(tmp_path).windows(np.array([30, 0, 1, 2, 1, 29, 89]), 11)
+    assert np.array_equal(windows[:, :-1], docs[0][:990].reshape(-1, 11)[[30, 0, 1, 2, 1, 29, 89]])
+    assert read == [(0, 5), (39, 4), (122, 2)]
+    read.clear()
+    SourceReader(tmp_path).windows(np.arange(90), 11)
+    assert all(n <= 12 for _, n in read)
+    assert sum(n for _, n in read) <= 125 + 2 * len(read)
+
+
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_MAX_OPEN", 3)
+    monkeypatch.setattr(SourceReader, "_all", weakref.WeakSet())
     docs = make_source(tmp_path, [[20]] * 12)
     before = len(os.listdir("/proc/self/fd"))
     reader = SourceReader(tmp_path)
@@ -146,7 +186,12 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         windows = reader.windows(np.arange(11), 20)
         assert np.array_equal(windows[:, :-1].reshape(-1), np.concatenate(docs)[:220])
     assert len(os.listdir("/proc/self/fd")) <= before + 3
-    del reader
+    other = SourceReader(tmp_path)
+    for _ in range(2):
+        for shared in (reader, other):
+            shared.windows(np.arange(11), 20)
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    del reader, other, shared
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
@@ -157,7 +202,7 @@ def test_verify_names_the_damaged_shard(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[40] ^= 1
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"train-00001\.parquet: content differs"):
+    with pytest.raises(DataError, match=r"train-00001\.parquet: row 0 differs"):
         SourceReader(tmp_path).verify()
 
 

@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_named_by_the_reading_that_meets_it(
     m = write(tmp_path, documents([100]), tokenizer)
     file = tmp_path / "train-00000.parquet"
     width = 8 * np.dtype(tokenizer.dtype).itemsize
-    at = open_shard(tmp_path, m)._offsets[1] + width  # second row of the second group
+    at = open_shard(tmp_path, m)._tokens_at[1] + width  # second row of the second group
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
@@ -200,11 +200,11 @@ def test_garbage_of_the_right_size_is_named(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_by_verify(tmp_path: Path) -> None:
     m = write(tmp_path, documents([100]))
     file = tmp_path / "train-00000.parquet"
-    data = bytearray(file.read_bytes())
-    data[60] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(DataError, match=r"train-00000\.parquet: content differs"):
-        open_shard(tmp_path, m).verify()
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 97):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match=r"train-00000\.parquet: "):
+            open_shard(tmp_path, m).verify()
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,42 @@ def test_a_shard_rewritten_with_compression(tmp_path: Path) -> None:
     info = replace(m.train.shards[0], size=file.stat().st_size)
     with pytest.raises(DataError, match="tokens are not stored plainly"):
         open_shard(tmp_path, manifest(Split.of([info])))
+
+
+def test_a_shard_rewritten_without_a_column(tmp_path: Path) -> None:
+    m = write(tmp_path, documents([100]))
+    file = tmp_path / "train-00000.parquet"
+    table = pq.read_table(file).drop_columns(["crc32"])
+    with pq.ParquetWriter(file, table.schema, compression="none", use_dictionary=False) as writer:
+        writer.write_table(table, row_group_size=4)
+        writer.add_key_value_metadata({"tokens": "100"})
+    info = replace(m.train.shards[0], size=file.stat().st_size)
+    with pytest.raises(DataError, match=r"train-00000\.parquet: holds other columns"):
+        open_shard(tmp_path, manifest(Split.of([info])))
+
+
+def test_damaged_document_starts_are_named(tmp_path: Path) -> None:
+    m = write(tmp_path, documents([3, 5, 20, 9]))
+    file = tmp_path / "train-00000.parquet"
+    chunk = pq.read_metadata(file).row_group(0).column(1)
+    data = bytearray(file.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-00000\.parquet: doc_starts cannot be read .*CRC"):
+        list(open_shard(tmp_path, m).document_starts())
+
+
+def test_a_closed_shard_opens_again(tmp_path: Path) -> None:
+    docs = documents([100])
+    shard = open_shard(tmp_path, write(tmp_path, docs))
+    for _ in range(2):
+        assert np.array_equal(tokens_of(shard, 30, 70, "uint16"), docs[0][30:])
+        shard.close()
+    (tmp_path / "train-00000.parquet").unlink()
+    with pytest.raises(
+        DataError, match=r"train-00000\.parquet: named in manifest.json but missing"
+    ):
+        tokens_of(shard, 0, 1, "uint16")
 
 
 # ------------------------------------------------------------------ manifest
