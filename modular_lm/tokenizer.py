@@ -223,15 +223,12 @@ def _sentencepiece(path: str | None, where: str) -> _Table:
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
         encode=model.encode,
-        encode_array=lambda utf8: _array(model.encode(utf8.decode())),
+        # Twice as fast as np.array.
+        encode_array=lambda utf8: np.fromiter(model.encode(utf8.decode()), np.int32),
         content_hash=_hash(b"sp", [file.read_bytes()]),
         prefix_bytes=int(puts_space),
         file=file,
     )
-
-
-def _array(ids: list[int]) -> npt.NDArray[np.int32]:
-    return np.fromiter(ids, np.int32, len(ids))  # twice as fast as np.array
 
 
 def _sp_piece(model: Any, i: int) -> bytes:
