@@ -223,7 +223,7 @@ def _sentencepiece(path: str | None, where: str) -> _Table:
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
         encode=model.encode,
-        # Twice as fast as np.array.
+        # Takes two thirds of the time of np.array.
         encode_array=lambda utf8: np.fromiter(model.encode(utf8.decode()), np.int32),
         content_hash=_hash(b"sp", [file.read_bytes()]),
         prefix_bytes=int(puts_space),
