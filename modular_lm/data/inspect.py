@@ -5,14 +5,17 @@ The work of `python -m modular_lm.data.shards`. Reads manifests and shards, chan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from modular_lm.config.schema import ShardsConfig, TokenizerConfig
-from modular_lm.data.manifest import FILE, SPLITS, Manifest
+from modular_lm.data.manifest import FILE, SPLITS, Manifest, ShardInfo
 from modular_lm.data.reader import SourceReader
 from modular_lm.data.shards import ShardFile
 from modular_lm.errors import ConfigError, DataError
@@ -20,6 +23,7 @@ from modular_lm.tokenizer import Tokenizer, build_tokenizer
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_TOKENS = 24
+_VERIFY_THREADS = 8
 
 
 def source_folders(root: Path) -> list[Path]:
@@ -120,18 +124,40 @@ def verify(config: ShardsConfig) -> Iterator[str]:
     damaged: list[str] = []
     for folder in source_folders(Path(config.dir).expanduser()):
         manifest = Manifest.load(folder)
-        began, size, count = time.perf_counter(), 0, 0
-        found = len(damaged)
-        for name in SPLITS:
-            for info in manifest.split(name).shards:
-                try:
-                    ShardFile(folder, manifest, name, info).verify()
-                except (DataError, OSError) as error:
-                    damaged.append(str(error))
-                size, count = size + info.size, count + 1
+        began = time.perf_counter()
+        wrong = _all_damage(folder, manifest)
         seconds = time.perf_counter() - began
-        wrong = len(damaged) - found
-        state = f"{wrong} of {count:,} shards damaged" if wrong else f"{count:,} shards are whole"
+        splits = [manifest.split(name) for name in SPLITS]
+        n_shards = sum(len(split.shards) for split in splits)
+        size = sum(info.size for split in splits for info in split.shards)
+        if wrong:
+            state = f"{len(wrong):,} of {n_shards:,} shards damaged"
+        else:
+            documents, tokens = (sum(s.documents for s in splits), sum(s.tokens for s in splits))
+            state = f"{n_shards:,} shards are whole, {documents:,} documents, {tokens:,} tokens"
         yield f"{manifest.source}: {state}, {size:,} bytes ({size / seconds / 1e6:,.0f} MB/s)"
+        damaged += wrong
     if damaged:
         raise DataError("\nerror: ".join(damaged))
+
+
+def _all_damage(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with each shard that is damaged."""
+    shards = [(name, info) for name in SPLITS for info in manifest.split(name).shards]
+    # Threads, because others run while one hashes or waits for a network file system.
+    pool = ThreadPoolExecutor(_VERIFY_THREADS)
+    try:
+        found = pool.map(partial(_damage, folder, manifest), shards)
+        return [what for what in found if what is not None]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _damage(folder: Path, manifest: Manifest, shard: tuple[str, ShardInfo]) -> str | None:
+    """What is wrong with a shard (split, info), if anything is."""
+    try:
+        with contextlib.closing(ShardFile(folder, manifest, *shard)) as file:
+            file.verify()
+    except (DataError, OSError) as error:
+        return str(error)
+    return None

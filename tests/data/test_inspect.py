@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,14 +64,16 @@ def test_inspect_with_another_tokenizer(root: Path, tmp_path: Path, shared_data:
 def test_verify_lists_every_damaged_shard(root: Path) -> None:
     whole = list(verify(ShardsConfig(dir=str(root))))
     assert [line.split(":")[0] for line in whole] == ["books", "wiki"]
-    assert all("shards are whole" in line for line in whole)
+    assert all(" shards are whole, 81 documents, " in line for line in whole)
+    damage(root / "books" / "train-00000.parquet")
     damage(root / "books" / "train-00001.parquet")
     (root / "wiki" / "train-00000.parquet").unlink()
     with pytest.raises(DataError) as caught:
         list(verify(ShardsConfig(dir=str(root))))
-    first, second = str(caught.value).split("\nerror: ")
-    assert "books/train-00001.parquet" in first
-    assert "wiki/train-00000.parquet: named in manifest.json but missing" in second
+    first, second, third = str(caught.value).split("\nerror: ")
+    assert re.search(r"books/train-00000\.parquet: row \d+ differs from what was written", first)
+    assert re.search(r"books/train-00001\.parquet: row \d+ differs from what was written", second)
+    assert "wiki/train-00000.parquet: named in manifest.json but missing" in third
 
 
 @pytest.mark.slow
