@@ -34,8 +34,10 @@ from modular_lm.data.manifest import Manifest, ShardInfo, Split
 from modular_lm.data.permutation import WINDOW_BLOCKS, Blocks, epoch_order, permute
 from modular_lm.tokenizer import build_tokenizer
 
-SHARD_TOKENS = {"10BT": 16_000_000, "100BT": 40_000_000, "1.3T": 143_000_000}
 CORPORA = {"10BT": 10 * 10**9, "100BT": 100 * 10**9, "1.3T": 1300 * 10**9}
+# As prepare chooses: 64 MiB of text a shard, at most 2,048 shards.
+SHARD_TOKENS = 15_000_000
+MOST_SHARDS = 2_048
 
 
 @dataclass
@@ -104,7 +106,8 @@ def scale(options: Options) -> dict[str, Any]:
 def scale_rows(found: dict[str, Any]) -> Iterator[list[str]]:
     for name, total in CORPORA.items():
         with tempfile.TemporaryDirectory() as folder:
-            shards = make_corpus(Path(folder) / "corpus", total, SHARD_TOKENS[name])
+            shard_tokens = max(SHARD_TOKENS, -(-total // MOST_SHARDS))
+            shards = make_corpus(Path(folder) / "corpus", total, shard_tokens)
             size = (Path(folder) / "corpus" / "manifest.json").stat().st_size
             found[name] = {"shards": shards, "manifest_bytes": size, **cost(folder)}
         f = found[name]
@@ -120,10 +123,9 @@ def make_corpus(folder: Path, total: int, shard_tokens: int) -> int:
     folder.mkdir(parents=True)
     template = Manifest.load(next(iter(open_data(Options()).folders.values())))
     count = -(-total // shard_tokens)
-    width = 5 if count < 10**5 else 6
     shards = [
         ShardInfo(
-            f"train-{i:0{width}d}.parquet", shard_tokens // 1000, shard_tokens,
+            f"train-{i:05d}.parquet", shard_tokens // 1000, shard_tokens,
             4 * shard_tokens, 2 * shard_tokens, f"{i:064x}",
         )
         for i in range(count)

@@ -51,7 +51,7 @@ class Stream:
     world_size: int
     global_batch_size: int
     steps_per_delivery: int
-    deliveries_per_segment: int = 64
+    deliveries_per_segment: int = 32
     segments_per_execution: int = 16
 
     @classmethod
