@@ -140,7 +140,7 @@ def hugging_face_scan(options: Options, data: Dataset) -> Generator[torch.Tensor
 
 
 def _parquet(data: Dataset) -> Any:
-    from datasets import load_dataset
+    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
     (folder,) = data.folders.values()
     files = sorted(str(file) for file in folder.glob("train-*.parquet"))
