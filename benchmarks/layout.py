@@ -294,41 +294,52 @@ def pages(written: dict[str, Path], options: Options, dtype: np.dtype[Any]) -> d
         found[name] = {}
         for seq_len in (2048, 8192):
             for what, (order, n_tokens) in shares.items():
-                drop(written[name] / FILE)
-                read = LAYOUTS[name].open(written[name], dtype, options.tokens)
-                some = batches(order, options.tokens, seq_len)
-                used = read_bytes(read, some, seq_len, n_tokens * dtype.itemsize)
-                there = resident(written[name] / FILE) * mmap.PAGESIZE
-                found[name][f"{seq_len} {what}"] = there / used
+                left = drop(written[name] / FILE)
+                # Opened and closed in there: mapped pages could not be dropped the next time.
+                used = read_samples(name, written[name], options, dtype, order, seq_len, n_tokens)
+                new = int((resident(written[name] / FILE) & ~left).sum())
+                found[name][f"{seq_len} {what}"] = new * mmap.PAGESIZE / used
     print("bytes of pages in the page cache per byte of samples read")
     rows = ([name, *(f"{x:.2f}" for x in row.values())] for name, row in found.items())
     print_table(["layout", *found[OURS]], rows)
     return found
 
 
-def read_bytes(read: Read, some: Iterator[npt.NDArray[np.int64]], seq_len: int, enough: int) -> int:
-    """Read batches of samples until they are `enough` bytes; how many they are."""
+def read_samples(
+    name: str,
+    folder: Path,
+    options: Options,
+    dtype: np.dtype[Any],
+    order: str,
+    seq_len: int,
+    n_tokens: int,
+) -> int:
+    """Read samples of `seq_len` until they are `n_tokens`; how many bytes they are."""
+    read = LAYOUTS[name].open(folder, dtype, options.tokens)
     used = 0
-    for positions in some:
+    for positions in batches(order, options.tokens, seq_len):
         used += read(positions, seq_len).nbytes
-        if used >= enough:
+        if used >= n_tokens * dtype.itemsize:
             break
     return used
 
 
-def drop(file: Path) -> None:
-    """Write the file back and drop its pages. Raises RuntimeError where pages stay."""
+def drop(file: Path) -> npt.NDArray[np.bool_]:
+    """Write the file back and drop its pages; the few that stay, as `resident` says it.
+
+    Raises RuntimeError where more than one in a hundred stay.
+    """
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-        for _ in range(20):  # the kernel leaves those that are in use at the moment
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if not resident(file):
-                return
-    raise RuntimeError(f"{file}: its pages stay in the page cache; use a folder on a disk")
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    left = resident(file)
+    if left.mean() > 0.01:
+        raise RuntimeError(f"{file}: {left.mean():.0%} stays in the page cache; is it on a disk?")
+    return left
 
 
-def resident(file: Path) -> int:
-    """How many pages of the file are in the page cache."""
+def resident(file: Path) -> npt.NDArray[np.bool_]:
+    """Which pages of the file are in the page cache."""
     libc = ctypes.CDLL(None, use_errno=True)
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         view = np.frombuffer(mapped, np.uint8)
@@ -337,7 +348,7 @@ def resident(file: Path) -> int:
         if libc.mincore(address, size, ctypes.c_void_p(state.ctypes.data)):
             raise OSError(ctypes.get_errno(), "mincore", str(file))
         del view
-    return int((state & 1).sum())
+    return (state & 1).astype(bool)
 
 
 # ------------------------------------------------------------------ command
