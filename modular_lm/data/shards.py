@@ -39,6 +39,9 @@ ROW_TOKENS = 1024
 # 1 M tokens per row group: large enough for scans, small enough to hold many while writing.
 GROUP_ROWS = 1024
 _MAX_PAGE_HEADER = 128
+# What a reading that meets no cached page brings in: so large that the samples of a block of the
+# plan's order cost few requests, so small that little is brought in beyond the block.
+_PIECE = 1 << 17
 _TOKENS, _CRC32 = 0, 2  # Parquet columns; 1 is doc_starts
 
 
@@ -165,10 +168,13 @@ class ShardFile:
         self._tokens_at = self._values_at(footer, _TOKENS, self._row_bytes)
         self._checksums_at = self._values_at(footer, _CRC32, 4)
         self._checksums: dict[int, npt.NDArray[np.uint32]] = {}
+        self._wanted: set[int] = set()
 
     def _open(self) -> int:
         check_size(self.file, self._info.size)
         self._handle = os.open(self.file, os.O_RDONLY)
+        # The kernel's guesses go wrong where several places are read in turn: `_want` says what.
+        os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
         self._give_back = weakref.finalize(self, os.close, self._handle)
         return self._handle
 
@@ -178,6 +184,7 @@ class ShardFile:
             self._give_back()
             self._handle = None
             self._checksums.clear()
+            self._wanted.clear()
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill `out`, raw bytes of whole tokens, with the tokens from position `start` on.
@@ -201,7 +208,9 @@ class ShardFile:
             group, within = divmod(first + done // width, self._group_rows)
             n = min(len(out) - done, (self._group_rows - within) * width)
             rows = out[done : done + n]
-            self._fill(rows, self._tokens_at[group] + within * width)
+            at = self._tokens_at[group] + within * width
+            self._want(at, n)
+            self._fill(rows, at)
             expected = self._checksums_of(group)[within : within + n // width].tolist()
             found = [zlib.crc32(rows[at : at + width]) for at in range(0, n, width)]
             if found != expected:
@@ -218,6 +227,14 @@ class ShardFile:
             self._fill(known.view(np.uint8).data, self._checksums_at[group])
             self._checksums[group] = known
         return known
+
+    def _want(self, at: int, n: int) -> None:
+        """Have the kernel fetch the pieces of the file that hold these bytes, each of them once."""
+        for piece in range(at // _PIECE, (at + n - 1) // _PIECE + 1):
+            if piece not in self._wanted:
+                handle = self._open() if self._handle is None else self._handle
+                os.posix_fadvise(handle, piece * _PIECE, _PIECE, os.POSIX_FADV_WILLNEED)
+                self._wanted.add(piece)
 
     def _fill(self, out: memoryview, at: int) -> None:
         """Fill `out` with the bytes of the file from byte `at` on."""

@@ -176,6 +176,27 @@ def test_neighbours_are_read_together_up_to_a_bound(
     assert sum(n for _, n in read) <= 125 + 2 * len(read)
 
 
+def test_each_piece_of_a_file_is_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_PIECE", 256)
+    make_source(tmp_path, [[2000]])
+    asked: list[tuple[int, int]] = []
+
+    def spy(handle: int, at: int, n: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((at, n))
+
+    monkeypatch.setattr(os, "posix_fadvise", spy)
+    reader = SourceReader(tmp_path)
+    for _ in range(2):
+        reader.windows(np.arange(90, 100), 10)
+    assert len(asked) == len({*asked}) <= 3
+    reader.windows(np.arange(199), 10)
+    assert len(asked) == len({*asked})
+    assert all(at % 256 == 0 and n == 256 for at, n in asked)
+
+
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_MAX_OPEN", 3)
     monkeypatch.setattr(SourceReader, "_all", weakref.WeakSet())
