@@ -17,12 +17,21 @@ HEAVY = ("ray", "mlflow", "xformers", "lm_eval", "huggingface_hub")
 
 def imported(file: Path, *, top_level_only: bool) -> Iterator[str]:
     tree = ast.parse(file.read_text())
-    for node in _at_import(tree) if top_level_only else ast.walk(tree):
+    for node in _at_import(tree) if top_level_only else _in_module(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             yield node.module or ""
+
+
+def _in_module(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything but what runs only where the module is a command."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "__name__ == '__main__'":
+            continue
+        yield child
+        yield from _in_module(child)
 
 
 def _at_import(node: ast.AST) -> Iterator[ast.AST]:

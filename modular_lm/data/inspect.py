@@ -13,17 +13,29 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from modular_lm.config.schema import ShardsConfig, TokenizerConfig
 from modular_lm.data.manifest import FILE, SPLITS, Manifest, ShardInfo
 from modular_lm.data.reader import SourceReader
 from modular_lm.data.shards import ShardFile
-from modular_lm.errors import ConfigError, DataError
+from modular_lm.errors import EXIT_DONE, ConfigError, DataError
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_TOKENS = 24
 _VERIFY_THREADS = 8
+
+
+def look(config: ShardsConfig, given: dict[str, Any]) -> int:
+    """The command: print what is asked; the exit code. Raises ConfigError or DataError."""
+    if config.action is None:
+        raise ConfigError("action=null: expected inspect or verify")
+    if not config.dir:
+        raise ConfigError("dir=: name a prepared source, or a folder of some")
+    for line in {"inspect": inspect, "verify": verify}[config.action](config):
+        print(line, flush=True)
+    return EXIT_DONE
 
 
 def source_folders(root: Path) -> list[Path]:

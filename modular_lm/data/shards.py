@@ -30,10 +30,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modular_lm.cli import run_job
-from modular_lm.config.schema import ShardsConfig
 from modular_lm.data.manifest import FORMAT, VERSION, Manifest, ShardInfo, TokenizerId, check_size
-from modular_lm.errors import EXIT_DONE, ConfigError, DataError, reason
+from modular_lm.errors import DataError, reason
 
 ROW_TOKENS = 1024
 # 1 M tokens per row group: large enough for scans, small enough to hold many while writing.
@@ -330,23 +328,14 @@ def _sync_and_hash(file: Path) -> tuple[int, str]:
         return os.fstat(stream.fileno()).st_size, digest
 
 
-def main(config: ShardsConfig, given: dict[str, Any]) -> int:
-    """The command `python -m modular_lm.data.shards`: print what is asked; the exit code."""
-    from modular_lm.data import inspect
-
-    if config.action is None:
-        raise ConfigError("action=null: expected inspect or verify")
-    if not config.dir:
-        raise ConfigError("dir=: name a prepared source, or a folder of some")
-    for line in {"inspect": inspect.inspect, "verify": inspect.verify}[config.action](config):
-        print(line, flush=True)
-    return EXIT_DONE
-
-
 if __name__ == "__main__":
+    from modular_lm.cli import run_job
+    from modular_lm.config.schema import ShardsConfig
+    from modular_lm.data.inspect import look
+
     run_job(
         ShardsConfig,
-        main,
+        look,
         what="Look into prepared sources, or check them.",
         usage="python -m modular_lm.data.shards action=inspect|verify dir=SHARDS",
     )
