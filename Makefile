@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.order
+	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.modular
 	$(BIN)/python -m benchmarks.recall
