@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 import torch
 
 from modular_lm.cli import run_job
+from modular_lm.config.schema import DataConfig, TokenizerConfig
+from modular_lm.data.dataset import Dataset
 from modular_lm.errors import ConfigError
+from modular_lm.tokenizer import build_tokenizer
 
 Options = TypeVar("Options")
 Job = TypeVar("Job")
@@ -66,6 +69,16 @@ def in_processes(
     context = multiprocessing.get_context("spawn")  # a forked torch may hang in its thread pool
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         yield from pool.map(function, jobs)
+
+
+def open_source(
+    name: str, root_dir: str | None, tokenizer: TokenizerConfig, seq_len: int, batch: int
+) -> Dataset:
+    """One prepared source, or the built-in corpus, as a data set of steps of `batch` samples."""
+    config = DataConfig(
+        root_dir=root_dir, sources={name: 1.0}, seq_len=seq_len, seed=1, tokenizer=tokenizer
+    )
+    return Dataset(config, build_tokenizer(tokenizer), batch)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

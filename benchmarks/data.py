@@ -31,10 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._runs import print_table, run_benchmark
-from modular_lm.config.schema import DataConfig, TokenizerConfig, key
+from benchmarks._runs import open_source, print_table, run_benchmark
+from modular_lm.config.schema import TokenizerConfig, key
 from modular_lm.data.dataset import Dataset, LocalLoader
-from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 
 Start = Callable[[], Generator[torch.Tensor]]
@@ -219,14 +218,8 @@ def rows(
 
 
 def open_data(options: Options) -> Dataset:
-    config = DataConfig(
-        root_dir=options.root_dir,
-        sources={options.source: 1.0},
-        seq_len=options.seq_len,
-        seed=1,
-        tokenizer=options.tokenizer,
-    )
-    return Dataset(config, build_tokenizer(options.tokenizer), options.step_samples)
+    o = options
+    return open_source(o.source, o.root_dir, o.tokenizer, o.seq_len, o.step_samples)
 
 
 # ------------------------------------------------------------------ reading ahead, waiting

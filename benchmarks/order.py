@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._runs import print_table, run_benchmark
+from benchmarks._runs import open_source, print_table, run_benchmark
 from modular_lm.config.schema import DataConfig, TokenizerConfig, key
 from modular_lm.data.dataset import Dataset
 from modular_lm.data.manifest import Manifest, ShardInfo, Split
@@ -168,14 +168,8 @@ def cost(root: str) -> dict[str, float]:
 
 
 def open_data(options: Options) -> Dataset:
-    config = DataConfig(
-        root_dir=options.root_dir,
-        sources={options.source: 1.0},
-        seq_len=options.seq_len,
-        seed=1,
-        tokenizer=options.tokenizer,
-    )
-    return Dataset(config, build_tokenizer(options.tokenizer), options.batch)
+    o = options
+    return open_source(o.source, o.root_dir, o.tokenizer, o.seq_len, o.batch)
 
 
 def benchmark(chosen: list[str], options: Options) -> dict[str, Any]:

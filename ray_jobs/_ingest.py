@@ -33,8 +33,8 @@ from modular_lm.train.run import Run
 
 DATASET = "train"
 _TOKENS_PER_DELIVERY = 1 << 21  # below this the cost of handing over shows
-# What Ray Data may hold for a rank, in deliveries, beside those that its generator and its
-# iterator hold: `benchmarks.data ahead` counts at most 12 in all.
+# What Ray Data is told to hold for a rank, in deliveries, beside those that its generator and its
+# iterator hold: `benchmarks.data ahead` counts all of them.
 _QUEUED_DELIVERIES = 4
 
 
@@ -142,8 +142,8 @@ def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Ite
         read,
         batch_size=None,
         batch_format="numpy",
-        # One task at a time suffices: it reads some hundred times faster than a GPU trains. It
-        # asks for no CPU, so that it never waits for the workers that wait for it.
+        # One task at a time keeps the order of what is read ahead. It asks for no CPU, so that it
+        # never waits for the workers that wait for it.
         compute=ray.data.TaskPoolStrategy(size=1),
         num_cpus=0,
     )

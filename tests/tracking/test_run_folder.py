@@ -168,3 +168,15 @@ def test_stop_request(folder: RunFolder) -> None:
 def test_a_user_may_touch_the_stop_file(folder: RunFolder) -> None:
     folder.stop_file.touch()
     assert folder.stop_requested() == f"found {folder.path}/ray/stop"
+
+
+def test_the_last_step_is_the_one_written_last(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    assert folder.last_step.read() == 0
+    mark = folder.last_step
+    for step in (1, 12, 7):
+        mark.write(step)
+        assert folder.last_step.read() == step
+    folder.last_step.forget()
+    assert folder.last_step.read() == 0
