@@ -4,7 +4,7 @@
 
 All read the same shards (default: the built-in corpus) and hand int64 tensors to one consumer:
 `ray`, the stream of `ray_jobs.train`; `local`, `data.loader=local`; `dataloader`, a torch
-DataLoader with two processes that reads the same deliveries; `datasets`, Hugging Face's library
+DataLoader with two processes that reads deliveries of the same samples; `datasets`, Hugging Face's library
 streaming the same tokens from the same Parquet files through its shuffle buffer; `datasets_scan`,
 the same in its fastest format and without any shuffling. They take turns; start-up (until the first
 batch, Ray and imports being warm) and steady state are apart, and the ratios are those within a
@@ -36,7 +36,7 @@ from modular_lm.config.schema import TokenizerConfig, key
 from modular_lm.data.dataset import Dataset, LocalLoader
 from modular_lm.tracking.run_folder import RunFolder
 
-Start = Callable[[], Generator[torch.Tensor]]
+Start = Callable[[int], Generator[torch.Tensor]]
 MODES = ("ray", "local", "dataloader", "datasets", "datasets_scan")
 WHAT = __doc__ or ""
 WAIT_JOB = [
@@ -62,23 +62,29 @@ class Options:
 
 
 def feeds(options: Options, data: Dataset) -> dict[str, Start]:
-    """Each as a function that starts it: batches of int64 tokens [n, seq_len + 1]."""
-    steps = 2 + options.steady_tokens // (options.step_samples * options.seq_len) * 2
+    """Each as a function that starts it for so many steps: batches of int64 tokens
+    [n, seq_len + 1]."""
     return {
-        "ray": lambda: ray_data(options, data, steps),
-        "local": lambda: local(options, data, steps),
-        "dataloader": lambda: dataloader(options, data, steps),
-        "datasets": lambda: hugging_face(options, data),
-        "datasets_scan": lambda: hugging_face_scan(options, data),
+        "ray": lambda steps: ray_data(options, data, steps),
+        "local": lambda steps: local(options, data, steps),
+        "dataloader": lambda steps: dataloader(options, data, steps),
+        "datasets": lambda steps: hugging_face(options, data),
+        "datasets_scan": lambda steps: hugging_face_scan(options, data),
     }
 
 
 def ray_data(options: Options, data: Dataset, steps: int) -> Generator[torch.Tensor]:
-    from ray_jobs._ingest import Stream, read_ahead
+    from ray_jobs._ingest import ReadAhead, Stream
 
     stream = Stream.plan(0, steps, 1, options.step_samples, options.seq_len)
-    for rows in read_ahead(data, stream, 0):
-        yield as_tensor(rows.tokens)
+    batches = ReadAhead(data, stream, 0)
+    try:
+        for rows in batches:
+            yield as_tensor(rows.tokens)
+    finally:
+        # To close it early would end a process, whose successor would start up in the next turn.
+        for _ in batches:
+            pass
 
 
 def local(options: Options, data: Dataset, steps: int) -> Generator[torch.Tensor]:
@@ -91,6 +97,7 @@ class Deliveries(torch.utils.data.IterableDataset):
 
     def __init__(self, options: Options, data: Dataset, steps: int) -> None:
         self._data, self._samples, self._steps = data, options.step_samples, steps
+        # Half of the stream's; it gains nothing from more.
         self._per_delivery = max(1, (1 << 21) // (options.step_samples * options.seq_len))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -160,10 +167,10 @@ def as_tensor(tokens: np.ndarray) -> torch.Tensor:
 # ------------------------------------------------------------------ measuring
 
 
-def measure(start: Start, tokens: int) -> tuple[float, float]:
+def measure(start: Start, tokens: int, step_tokens: int) -> tuple[float, float]:
     """Seconds until the first batch; then tokens per second until `tokens` have come."""
     began = time.perf_counter()
-    batches = start()
+    batches = start(tokens * 5 // 4 // step_tokens + 2)
     first = next(batches)
     ready = time.perf_counter() - began
     # What was read ahead while waiting for the first batch is not steady state.
@@ -184,14 +191,14 @@ def measure(start: Start, tokens: int) -> tuple[float, float]:
 
 def compare(names: list[str], options: Options) -> dict[str, Any]:
     data = open_data(options)
-    start = feeds(options, data)
+    start, step_tokens = feeds(options, data), options.step_samples * options.seq_len
     ready: dict[str, list[float]] = {name: [] for name in names}
     speed: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-1, options.rounds):
         for name in names:
             # The first round warms up: worker processes, imports, page cache.
             tokens = options.steady_tokens if round_ >= 0 else options.steady_tokens // 16
-            seconds, rate = measure(start[name], tokens)
+            seconds, rate = measure(start[name], tokens, step_tokens)
             if round_ >= 0:
                 ready[name].append(seconds)
                 speed[name].append(rate)
@@ -248,7 +255,7 @@ class Counted:
 
 def ahead(options: Options) -> dict[str, Any]:
     """Deliveries that were read and not yet taken, at most, for a consumer slower than the disk."""
-    from ray_jobs._ingest import Stream, read_ahead
+    from ray_jobs._ingest import ReadAhead, Stream
 
     data = open_data(options)
     plan = Stream.plan(0, 10**6, 1, options.step_samples, options.seq_len)
@@ -256,7 +263,7 @@ def ahead(options: Options) -> dict[str, Any]:
     most = 0
     with tempfile.NamedTemporaryFile() as file:
         counted: Any = Counted(data, file.name)
-        for number, _ in enumerate(read_ahead(counted, stream, 0)):
+        for number, _ in enumerate(ReadAhead(counted, stream, 0)):
             if number % stream.steps_per_delivery == 0:
                 most = max(most, os.stat(file.name).st_size - number // stream.steps_per_delivery)
                 _compute(0.02)

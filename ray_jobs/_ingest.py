@@ -14,10 +14,11 @@ delivery carries its global sample indices, which the trainer checks.
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,11 @@ from modular_lm.errors import UserFacingError
 from modular_lm.train.run import Run
 
 DATASET = "train"
-_TOKENS_PER_DELIVERY = 1 << 21  # below this the cost of handing over shows
+_TOKENS_PER_DELIVERY = 1 << 22  # below this the cost of handing over shows
 # What Ray Data is told to hold for a rank, in deliveries, beside those that its generator and its
 # iterator hold: `benchmarks.data ahead` counts all of them.
 _QUEUED_DELIVERIES = 4
+_CLOSE_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Stream:
     world_size: int
     global_batch_size: int
     steps_per_delivery: int
-    deliveries_per_segment: int = 32
+    deliveries_per_segment: int = 16
     segments_per_execution: int = 16
 
     @classmethod
@@ -131,10 +133,10 @@ def _as_row(values: np.ndarray) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
 
 
-def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Iterator[Any]:
-    """Start an execution of Ray Data that reads these segments for `rank`; its deliveries.
+def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Generator[pa.Table]:
+    """The deliveries of an execution of Ray Data that reads these segments for `rank`.
 
-    Each is a table of one row, as `ReadSegment` yields it.
+    It begins when the first is asked for. Each is a table of one row, as `ReadSegment` yields it.
     """
     numbers = ray.data.range(len(segments), override_num_blocks=len(segments))
     read: Any = ReadSegment(dataset, stream, rank, segments.start)
@@ -155,50 +157,67 @@ def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Ite
     limit = _QUEUED_DELIVERIES * size * (dataset.seq_len + 1) * dataset.token_bytes
     options = context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=limit)
-    batches = deliveries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    batches: Any = deliveries.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=1
+    )
     return iter(batches)
 
 
-def read_ahead(dataset: Dataset, stream: Stream, rank: int) -> Iterator[StepRows]:
-    """The rows of `rank` at each step of the stream, in order; Ray Data begins to read at once."""
-    pool = ThreadPoolExecutor(1, "ingest")
+class ReadAhead(Iterator[StepRows]):
+    """The rows of `rank` at each step of the stream, in order; Ray Data begins to read at once.
 
-    def start(segments: range) -> Future[Iterator[Any]]:
-        return pool.submit(lambda: _with_first(execute(dataset, stream, rank, segments)))
+    What reads ends with the last row, or when this is closed: Ray Data's threads would otherwise
+    outlive the Ray session, which they cannot.
+    """
 
-    deliveries = _chained([*stream.executions()], start)
-    return deliveries_to_steps(deliveries, stream, rank, dataset.seq_len)
+    def __init__(self, dataset: Dataset, stream: Stream, rank: int) -> None:
+        self._executions = (
+            _Execution(segments, execute(dataset, stream, rank, segments))
+            for segments in stream.executions()
+        )
+        # The one that is read and, near its end, the one after it.
+        self._open = [next(self._executions)]
+        self._steps = deliveries_to_steps(self._deliveries(), stream, rank, dataset.seq_len)
 
+    def __next__(self) -> StepRows:
+        return next(self._steps)
 
-def _chained(
-    executions: list[range], start: Callable[[range], Future[Iterator[Any]]]
-) -> Iterator[pa.Table]:
-    """The deliveries of all executions; the first is started here and now, each other one while
-    the last segment of the one before is delivered."""
-    started = [start(executions[0])]
+    def close(self) -> None:
+        """End what reads, at whatever point the stream is."""
+        for execution in self._open:
+            execution.close()
 
-    def deliveries() -> Iterator[pa.Table]:
-        for number, segments in enumerate(executions):
-            for delivery in started.pop().result():
-                late = delivery["segment"][0].as_py() == segments[-1]
-                if late and not started and number + 1 < len(executions):
-                    started.append(start(executions[number + 1]))
+    def _deliveries(self) -> Iterator[pa.Table]:
+        while self._open:
+            current = self._open[0]
+            for delivery in current:
+                late = delivery["segment"][0].as_py() == current.segments[-1]
+                if late and len(self._open) == 1:
+                    self._open.extend(itertools.islice(self._executions, 1))
                 yield delivery
+            del self._open[0]
 
-    return deliveries()
 
+class _Execution:
+    """An execution of Ray Data that begins here and now, in a thread that waits for its first
+    delivery."""
 
-def _with_first(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, once the first of them is there."""
-    first = next(items, None)
-    if first is None:
-        return iter(())
+    def __init__(self, segments: range, batches: Generator[pa.Table]) -> None:
+        self.segments, self._batches = segments, batches
+        pool = ThreadPoolExecutor(1, "ingest")
+        self._first = pool.submit(next, batches, None)
+        pool.shutdown(wait=False)
 
-    def all_items() -> Iterator[Any]:
-        yield first
-        yield from items
+    def __iter__(self) -> Iterator[pa.Table]:
+        first = self._first.result()
+        if first is not None:
+            yield first
+            yield from self._batches
 
-    return all_items()
+    def close(self) -> None:
+        # A generator cannot be closed while another thread is in it.
+        if wait([self._first], _CLOSE_TIMEOUT_S).done:
+            self._batches.close()
 
 
 class PlanDataConfig(ray.train.DataConfig):

@@ -19,6 +19,7 @@ from modular_lm.errors import RunFailedError, reason
 SPARE_CPUS = 2
 
 _DEFAULTS = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a late call of Ray would start another Ray
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import ray.train
@@ -14,7 +15,7 @@ from modular_lm.errors import EXIT_BAD_INPUT, AgreedError
 from modular_lm.parallel import init_world
 from modular_lm.train.run import Run
 from modular_lm.train.worker import train_rank
-from ray_jobs._ingest import DATASET, Stream, read_ahead
+from ray_jobs._ingest import DATASET, ReadAhead, Stream
 
 
 def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -37,19 +38,19 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         return {"step": run.stop_step}
     try:
         world = init_world(loop_config["use_gpu"])
-        steps = _steps(run, stream, rank)
-        outcome = train_rank(run, world, stream.start, steps, _report)
+        with contextlib.closing(_steps(run, stream, rank)) as steps:
+            outcome = train_rank(run, world, stream.start, steps, _report)
     except AgreedError as error:
         return {"error": str(error), "exit_code": error.exit_code}
     return {"step": outcome.step}
 
 
-def _steps(run: Run, stream: Stream, rank: int) -> Iterator[StepRows]:
+def _steps(run: Run, stream: Stream, rank: int) -> ReadAhead | Generator[StepRows]:
     """The rows of this rank, read ahead by Ray Data or, as `data.loader` says, by this process."""
     if run.config.data.loader == "local":
         loader = LocalLoader(run.dataset, run.global_batch_size, rank, stream.world_size)
         return loader.steps(stream.start, stream.stop)
-    return read_ahead(run.dataset, stream, rank)
+    return ReadAhead(run.dataset, stream, rank)
 
 
 def _report(kind: str, fields: dict[str, Any]) -> None:

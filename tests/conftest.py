@@ -22,6 +22,8 @@ _TOKEN = Path(_TOKEN_FOLDER.name) / "token"
 _TOKEN.touch(mode=0o600)
 _TOKEN.write_text(secrets.token_hex(32))
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(_TOKEN))
+# Read at the first import as well.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 REPO = Path(__file__).resolve().parents[1]
 

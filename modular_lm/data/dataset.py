@@ -7,7 +7,7 @@ the process of the training loop; under Ray the same `Dataset.read` runs in Ray 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +174,7 @@ class LocalLoader:
         self._dataset = dataset
         self._batch = (global_batch_size, rank, world_size)
 
-    def steps(self, start: int, stop: int) -> Iterator[StepRows]:
+    def steps(self, start: int, stop: int) -> Generator[StepRows]:
         """The rows of the steps start..stop-1, in order."""
         for step in range(start, stop):
             index = np.arange(*rank_range(step, *self._batch), dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -78,7 +79,7 @@ def test_blocks_of_a_node_that_died_are_read_again(
     from ray.data import DataContext
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from ray_jobs._ingest import read_ahead
+    from ray_jobs._ingest import ReadAhead
 
     there = NodeAffinitySchedulingStrategy(newest_node(), soft=True)
     for name in ("scheduling_strategy", "scheduling_strategy_large_args"):
@@ -90,13 +91,14 @@ def test_blocks_of_a_node_that_died_are_read_again(
     )
     raylet = raylet_of(second_node)
     received, enough = [], STEPS
-    for rows in read_ahead(feed(), stream, 0):
-        received.append(rows)
-        if enough == STEPS and len(received) % 200 == 1 and reads_under(raylet, ray_head):
-            os.kill(raylet.pid, signal.SIGKILL)
-            enough = len(received) + 5_000
-        if len(received) == enough:
-            break
+    with contextlib.closing(ReadAhead(feed(), stream, 0)) as steps:
+        for rows in steps:
+            received.append(rows)
+            if enough == STEPS and len(received) % 200 == 1 and reads_under(raylet, ray_head):
+                os.kill(raylet.pid, signal.SIGKILL)
+                enough = len(received) + 5_000
+            if len(received) == enough:
+                break
     assert enough < STEPS, "no segment was read on the second node"
     assert [rows.step for rows in received] == list(range(enough))
     tokens = np.concatenate([rows.tokens for rows in received])
