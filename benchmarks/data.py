@@ -4,11 +4,11 @@
 
 All read the same shards (default: the built-in corpus) and hand int64 tensors to one consumer:
 `ray`, the stream of `ray_jobs.train`; `local`, `data.loader=local`; `dataloader`, a torch
-DataLoader with two processes that reads deliveries of the same samples; `datasets`, Hugging Face's library
-streaming the same tokens from the same Parquet files through its shuffle buffer; `datasets_scan`,
-the same in its fastest format and without any shuffling. They take turns; start-up (until the first
-batch, Ray and imports being warm) and steady state are apart, and the ratios are those within a
-round. Prints tables and writes benchmarks/results/data.json.
+DataLoader with two processes that reads the same samples, many at a time; `datasets`, Hugging
+Face's library streaming the same tokens from the same Parquet files through its shuffle buffer;
+`datasets_scan`, the same in its fastest format and without any shuffling. They take turns; start-up
+(until the first batch, Ray and imports being warm) and steady state are apart, and the ratios are
+those within a round. Prints tables and writes benchmarks/results/data.json.
 
     python -m benchmarks.data ahead         how many deliveries Ray Data reads ahead at most
     python -m benchmarks.data wait          the share of time a model of 10 M parameters waits
@@ -97,7 +97,7 @@ class Deliveries(torch.utils.data.IterableDataset):
 
     def __init__(self, options: Options, data: Dataset, steps: int) -> None:
         self._data, self._samples, self._steps = data, options.step_samples, steps
-        # Half of the stream's; it gains nothing from more.
+        # Half of what the stream delivers at once; twice as much changed nothing.
         self._per_delivery = max(1, (1 << 21) // (options.step_samples * options.seq_len))
 
     def __iter__(self) -> Iterator[torch.Tensor]:

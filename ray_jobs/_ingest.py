@@ -157,10 +157,10 @@ def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Gen
     limit = _QUEUED_DELIVERIES * size * (dataset.seq_len + 1) * dataset.token_bytes
     options = context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=limit)
-    batches: Any = deliveries.iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=1
+    batches: Any = iter(
+        deliveries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
     )
-    return iter(batches)
+    return batches
 
 
 class ReadAhead(Iterator[StepRows]):

@@ -13,7 +13,7 @@ import os
 import socket
 from typing import Any
 
-from modular_lm.cli import run_job, setup_logging
+from modular_lm.cli import leave, run_job, setup_logging
 from modular_lm.config import TrainConfig
 from modular_lm.data.dataset import LocalLoader, check_sources
 from modular_lm.train.driver import drive, stop_on_signals
@@ -66,4 +66,7 @@ def _train(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    run_job(TrainConfig, main, what=__doc__ or "", usage=USAGE)
+    try:
+        run_job(TrainConfig, main, what=__doc__ or "", usage=USAGE)
+    except SystemExit as end:
+        leave(int(end.code or 0))

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.tensor import DTensor
 
+from modular_lm.cli import leave
 from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import resolve
 from modular_lm.config.schema import TokenizerConfig
@@ -272,6 +273,7 @@ def main(folder: Path) -> None:
     if world.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
