@@ -8,12 +8,15 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.data import Counted
 from modular_lm.data.dataset import Dataset, LocalLoader, StepRows
 from tests.ray_jobs.feed import BATCH, SEQ_LEN, feed, small_stream
 from tests.support import reading_tasks, wait_until
@@ -76,6 +79,25 @@ def test_the_stream_equals_the_local_loader(dataset: Dataset, world_size: int) -
         received = list(pool.map(receive, range(world_size)))
     for rank, steps in enumerate(received):
         assert_same(steps, LocalLoader(dataset, BATCH, rank, world_size).steps(start, stop))
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_what_is_read_ahead_is_bounded(dataset: Dataset, tmp_path: Path) -> None:
+    """Ray Data's budget, its generator and its iterator hold eight deliveries at most."""
+    from ray_jobs._ingest import ReadAhead
+
+    file = tmp_path / "reads"
+    stream = dataclasses.replace(
+        small_stream(0, 40_000, 1), steps_per_delivery=200, deliveries_per_segment=8
+    )
+    reading: Any = Counted(dataset, str(file))
+    with contextlib.closing(ReadAhead(reading, stream, 0)) as steps:
+        for taken in range(1, 31):
+            assert len(list(itertools.islice(steps, 200))) == 200
+            wait_until(lambda at=taken + 2: file.stat().st_size >= at, "reading ahead", 30)
+            assert file.stat().st_size <= taken + 8
 
 
 @pytest.mark.slow
