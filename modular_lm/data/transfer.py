@@ -9,12 +9,14 @@ any later process continues. Which files belong to a data set is the business of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -266,5 +268,15 @@ def _asked_for(error: Exception) -> float | None:
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit is not None and limit.remaining == 0:
         return min(float(limit.reset_in_seconds), _LONGEST_ASKED)
-    seconds = response.headers.get("Retry-After", "").strip()
-    return min(float(seconds), _LONGEST_ASKED) if seconds.isdigit() else None
+    seconds = _seconds(response.headers.get("Retry-After", ""))
+    return None if seconds is None else min(seconds, _LONGEST_ASKED)
+
+
+def _seconds(retry_after: str) -> float | None:
+    """What a Retry-After asks for: seconds or a date (RFC 9110, section 10.2.3)."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(int(retry_after)))
+    with contextlib.suppress(ValueError):
+        left = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        return max(0.0, left)
+    return None

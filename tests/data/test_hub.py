@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any, get_args
 
@@ -182,6 +185,16 @@ def test_the_server_says_how_long_to_wait(
     server.faults[BIG] = [Status(429, headers)]
     assert get(folder) == WANTED
     assert "trying again in 1 s" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_server_says_until_when_to_wait(
+    server: HubServer, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    date = formatdate(time.time() + 2, usegmt=True)  # of whole seconds
+    server.faults[BIG] = [Status(503, {"Retry-After": date})]
+    assert get(folder) == WANTED
+    assert re.search("trying again in [12] s", caplog.text)
 
 
 def test_a_server_that_stays_busy_ends_the_download_and_what_came_is_kept(
