@@ -10,7 +10,7 @@ Face's library streaming the same tokens from the same Parquet files through its
 (until the first batch, Ray and imports being warm) and steady state are apart, and the ratios are
 those within a round. Prints tables and writes benchmarks/results/data.json.
 
-    python -m benchmarks.data ahead         how many deliveries Ray Data reads ahead at most
+    python -m benchmarks.data ahead         how far Ray Data reads ahead; waits at its borders
     python -m benchmarks.data wait          the share of time a model of 10 M parameters waits
 """
 
@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from benchmarks._runs import open_source, print_table, run_benchmark
 from modular_lm.config.schema import TokenizerConfig, key
 from modular_lm.data.dataset import Dataset, LocalLoader
 from modular_lm.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ray_jobs._ingest import Stream
 
 Start = Callable[[int], Generator[torch.Tensor]]
 MODES = ("ray", "local", "dataloader", "datasets", "datasets_scan")
@@ -254,23 +257,45 @@ class Counted:
 
 
 def ahead(options: Options) -> dict[str, Any]:
-    """Deliveries that were read and not yet taken, at most, for a consumer slower than the disk."""
+    """For a consumer slower than the disk: deliveries that were read and not yet taken, at most;
+    and how long it waits for those after a border of segments or executions, and for others."""
     from ray_jobs._ingest import ReadAhead, Stream
 
     data = open_data(options)
     plan = Stream.plan(0, 10**6, 1, options.step_samples, options.seq_len)
-    stream = dataclasses.replace(plan, stop=plan.steps_per_delivery * 200)
-    most = 0
+    steps, segment = plan.steps_per_delivery, plan.deliveries_per_segment
+    stream = dataclasses.replace(plan, stop=steps * (segment * plan.segments_per_execution + 100))
+    most, waits = 0, {"neither": [], "segment": [], "execution": []}
     with tempfile.NamedTemporaryFile() as file:
         counted: Any = Counted(data, file.name)
-        for number, _ in enumerate(ReadAhead(counted, stream, 0)):
-            if number % stream.steps_per_delivery == 0:
-                most = max(most, os.stat(file.name).st_size - number // stream.steps_per_delivery)
-                _compute(0.02)
-    size = stream.steps_per_delivery * options.step_samples * (options.seq_len + 1)
-    bytes_ = most * size * data.token_bytes
-    print(f"read ahead: at most {most} deliveries of {size:,} tokens, {bytes_ / 2**20:.0f} MiB")
-    return {"deliveries": most, "bytes": bytes_}
+        feed = ReadAhead(counted, stream, 0)
+        for number in range(stream.stop // steps):
+            asked = time.perf_counter()
+            next(feed)
+            if number:
+                waits[_border(number, stream)].append(time.perf_counter() - asked)
+            most = max(most, os.stat(file.name).st_size - number)
+            for _ in range(steps - 1):
+                next(feed)
+            _compute(0.06)
+    bytes_ = most * steps * options.step_samples * (options.seq_len + 1) * data.token_bytes
+    print(f"read ahead: at most {most} deliveries of {steps:,} steps, {bytes_ / 2**20:.0f} MiB")
+    print_table(
+        ["a delivery that begins", "waits (ms)", "at most"],
+        (
+            [where, f"{statistics.median(found) * 1e3:.1f}", f"{max(found) * 1e3:.1f}"]
+            for where, found in waits.items()
+        ),
+    )
+    return {"deliveries": most, "bytes": bytes_, "waits": waits}
+
+
+def _border(number: int, stream: Stream) -> str:
+    """What begins with this delivery of the stream."""
+    segment, within = divmod(number, stream.deliveries_per_segment)
+    if within:
+        return "neither"
+    return "segment" if segment % stream.segments_per_execution else "execution"
 
 
 def _compute(seconds: float) -> None:

@@ -8,6 +8,7 @@ The built-in corpus is small: it is prepared in this process.
 from __future__ import annotations
 
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from modular_lm.data.builtin import BUILTIN, BUILTIN_DEFAULTS, ensure_builtin, p
 from modular_lm.data.hub import fetch_dataset, fetch_tokenizer
 from modular_lm.data.manifest import SPLITS, Manifest
 from modular_lm.data.prepare import plan_sources, run_plans, serial
-from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
+from modular_lm.errors import EXIT_DONE, ConfigError, RunFailedError, UserFacingError, reason
 from modular_lm.tokenizer import build_tokenizer
 
 WHAT = (
@@ -94,13 +95,13 @@ def _builtin(config: PrepareConfig, given: dict[str, Any]) -> tuple[Path, list[M
     build_tokenizer(config.tokenizer, key="tokenizer")
     if config.dst is not None:
         return Path(config.dst), [prepare_builtin(config)]
-    for key in sorted(given.keys() - {"src", "dst", "tokenizer"}):
+    for key in sorted(given.keys() - {"src", "dst", "tokenizer", "overwrite"}):
         default = getattr(BUILTIN_DEFAULTS, key)
         raise ConfigError(
             f"{key}={given[key]}: without dst, the built-in corpus is made as training looks for "
             f"it ({key}={default}); remove the key or set dst"
         )
-    folder = ensure_builtin(config.tokenizer)
+    folder = ensure_builtin(config.tokenizer, verify=config.overwrite)
     return folder.parent, [Manifest.load(folder)]
 
 
@@ -112,7 +113,8 @@ def on_ray(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[Any
 
     A few are submitted ahead of what the cluster can run, so that neither the driver nor Ray's
     queue grows with their number. Errors meant for the user travel as values, so that they arrive
-    as they were raised.
+    as they were raised. Raises RunFailedError for a task that was lost with its node, or killed,
+    more often than Ray tries.
     """
     import ray
 
@@ -128,7 +130,7 @@ def on_ray(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterable[Any
                 return
             (done,), _ = ray.wait(list(pending))
             pending.discard(done)
-            result = ray.get(done)
+            result = _result(done)
             if isinstance(result, UserFacingError):
                 raise result
             yield result
@@ -142,6 +144,25 @@ def _run_task(function: Callable[[Any], Any], task: Any) -> Any:
         return function(task)
     except UserFacingError as error:
         return error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return RunFailedError(f"on {socket.gethostname()}: {reason(error)}")
+
+
+def _result(task: Any) -> Any:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(task)
+    except RayTaskError:  # an exception of our own that nobody expected
+        raise
+    except RayError as error:
+        raise RunFailedError(
+            f"a task of prepare was lost: {reason(error)}; what is finished is kept: start the "
+            "same command again"
+        ) from error
 
 
 # ------------------------------------------------------------------ the table

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from modular_lm.config.schema import PrepareConfig, TokenizerConfig
+from modular_lm.data.inspect import damage
 from modular_lm.data.manifest import VERSION, Manifest
 from modular_lm.data.prepare import prepare_sources
 from modular_lm.errors import DataError
@@ -35,17 +36,18 @@ BUILTIN_DEFAULTS = PrepareConfig(val_fraction=0.05)
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def ensure_builtin(config: TokenizerConfig) -> Path:
+def ensure_builtin(config: TokenizerConfig, *, verify: bool = False) -> Path:
     """The folder of the built-in corpus for this tokenizer; prepared first if it is missing.
 
+    verify: also made again if a shard is damaged, which needs reading all of them.
     Needs no Ray. Callers at the same time, in any process of this machine, wait for one of them.
     Raises ConfigError for a tokenizer that cannot be loaded.
     """
     folder = _folder(config)
-    if _is_whole(folder):
+    if _is_whole(folder, verify):
         return folder
     with lock(folder.parent / "lock"):
-        if not _is_whole(folder):
+        if not _is_whole(folder, verify):
             if folder.exists():
                 shutil.rmtree(folder)
             log.info("preparing the built-in corpus in %s", folder)
@@ -100,8 +102,10 @@ def _cache() -> Path:
     return Path(user).expanduser() / "modular-lm"
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, verify: bool) -> bool:
     try:
-        return Manifest.load(folder).is_whole(folder)
+        manifest = Manifest.load(folder)
+        manifest.check_sizes(folder)
     except DataError:
         return False
+    return not (verify and damage(folder, manifest))

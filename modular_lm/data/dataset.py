@@ -106,10 +106,14 @@ class Dataset:
 def document_ids(tokens: npt.NDArray[np.integer], tokenizer: Tokenizer) -> Int64s:
     """The document of each token of packed samples, [n, T] -> [n, T]; from 0 on, along each row.
 
-    A document begins with BOS, or behind an EOS.
+    A document begins with BOS, or behind an EOS. Where one token serves as both, as in GPT-2, it
+    is the BOS of what follows, and of two in a row the first is an EOS.
     """
     begins = tokens == tokenizer.bos_id
-    begins[:, 1:] |= tokens[:, :-1] == tokenizer.eos_id
+    if tokenizer.bos_id == tokenizer.eos_id:
+        begins[:, :-1] &= ~begins[:, 1:]
+    else:
+        begins[:, 1:] |= tokens[:, :-1] == tokenizer.eos_id
     begins[:, 0] = False
     return begins.cumsum(1, dtype=np.int64)
 

@@ -114,12 +114,13 @@ def split_file(file: Path, part_bytes: int) -> list[Part]:
 
 def group_parts(parts: Iterable[Part], slice_bytes: int) -> Iterator[tuple[Part, ...]]:
     """Join parts, in their order, until each group has about `slice_bytes`."""
-    group: list[Part] = []
+    group, size = list[Part](), 0
     for part in parts:
         group.append(part)
-        if sum(p.size for p in group) >= slice_bytes:
+        size += part.size
+        if size >= slice_bytes:
             yield tuple(group)
-            group = []
+            group, size = [], 0
     if group:
         yield tuple(group)
 
@@ -146,7 +147,7 @@ def _open_parquet(file: Path) -> pq.ParquetFile:
     try:
         # Buffered: else a column of a whole row group is held, however large.
         return pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable parquet file: {reason(error)}") from error
 
 

@@ -137,7 +137,7 @@ def verify(config: ShardsConfig) -> Iterator[str]:
     for folder in source_folders(Path(config.dir).expanduser()):
         manifest = Manifest.load(folder)
         began = time.perf_counter()
-        wrong = _all_damage(folder, manifest)
+        wrong = damage(folder, manifest)
         seconds = time.perf_counter() - began
         splits = [manifest.split(name) for name in SPLITS]
         n_shards = sum(len(split.shards) for split in splits)
@@ -153,19 +153,19 @@ def verify(config: ShardsConfig) -> Iterator[str]:
         raise DataError("\nerror: ".join(damaged))
 
 
-def _all_damage(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with each shard that is damaged."""
+def damage(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with each shard of a prepared source that is damaged; reads all of them."""
     shards = [(name, info) for name in SPLITS for info in manifest.split(name).shards]
     # Threads, because others run while one hashes or waits for a network file system.
     pool = ThreadPoolExecutor(_VERIFY_THREADS)
     try:
-        found = pool.map(partial(_damage, folder, manifest), shards)
+        found = pool.map(partial(_damage_of, folder, manifest), shards)
         return [what for what in found if what is not None]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _damage(folder: Path, manifest: Manifest, shard: tuple[str, ShardInfo]) -> str | None:
+def _damage_of(folder: Path, manifest: Manifest, shard: tuple[str, ShardInfo]) -> str | None:
     """What is wrong with a shard (split, info), if anything is."""
     try:
         with contextlib.closing(ShardFile(folder, manifest, *shard)) as file:

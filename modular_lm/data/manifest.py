@@ -187,14 +187,6 @@ class Manifest:
             for shard in self.split(name).shards:
                 check_size(folder / shard.file, shard.size)
 
-    def is_whole(self, folder: Path) -> bool:
-        """Whether `check_sizes` finds nothing wrong."""
-        try:
-            self.check_sizes(folder)
-        except DataError:
-            return False
-        return True
-
 
 def check_size(file: Path, size: int) -> None:
     """Raise DataError unless `file` has `size` bytes."""

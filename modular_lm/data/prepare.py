@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from modular_lm.config.schema import PrepareConfig
 from modular_lm.data.documents import Part, Source, find_sources, group_parts, split_file
 from modular_lm.data.finished import sweep, task_hash
+from modular_lm.data.inspect import damage
 from modular_lm.data.manifest import (
     FILE,
     FORMAT,
@@ -190,7 +191,7 @@ def _already_prepared(
     if manifest.inputs != inputs:
         changed.append(f"files of src: {_total(manifest.inputs)} -> {_total(inputs)}")
     if overwrite:
-        return None if changed or not manifest.is_whole(folder) else manifest
+        return None if changed or damage(folder, manifest) else manifest
     if changed:
         raise DataError(
             f"dst: {folder} is already prepared, and differently: {'; '.join(changed)}; "

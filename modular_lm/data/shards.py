@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ _MAX_PAGE_HEADER = 128
 # What a reading that meets no cached page brings in: so large that the samples of a block of the
 # plan's order cost few requests, so small that little is brought in beyond the block.
 _PIECE = 1 << 17
+# How long a piece that was asked for is taken to stay in the page cache.
+_REMEMBERED_S = 60.0
 _TOKENS, _CRC32 = 0, 2  # Parquet columns; 1 is doc_starts
 
 
@@ -167,6 +170,7 @@ class ShardFile:
         self._checksums_at = self._values_at(footer, _CRC32, 4)
         self._checksums: dict[int, npt.NDArray[np.uint32]] = {}
         self._wanted: set[int] = set()
+        self._wanted_since = 0.0
 
     def _open(self) -> int:
         check_size(self.file, self._info.size)
@@ -206,7 +210,7 @@ class ShardFile:
             group, within = divmod(first + done // width, self._group_rows)
             n = min(len(out) - done, (self._group_rows - within) * width)
             rows = out[done : done + n]
-            at = self._tokens_at[group] + within * width
+            at = int(self._tokens_at[group]) + within * width
             self._want(at, n)
             self._fill(rows, at)
             expected = self._checksums_of(group)[within : within + n // width].tolist()
@@ -222,12 +226,19 @@ class ShardFile:
         known = self._checksums.get(group)
         if known is None:
             known = np.empty(min(self._group_rows, self._n_rows - group * self._group_rows), "<u4")
-            self._fill(known.view(np.uint8).data, self._checksums_at[group])
+            self._fill(known.view(np.uint8).data, int(self._checksums_at[group]))
             self._checksums[group] = known
         return known
 
     def _want(self, at: int, n: int) -> None:
-        """Have the kernel fetch the pieces of the file that hold these bytes, each of them once."""
+        """Have the kernel fetch the pieces of the file that hold these bytes, each of them once.
+
+        After a minute it is asked again: it may have dropped them, which costs little to find out.
+        """
+        now = time.monotonic()
+        if now > self._wanted_since + _REMEMBERED_S:
+            self._wanted.clear()
+            self._wanted_since = now
         for piece in range(at // _PIECE, (at + n - 1) // _PIECE + 1):
             if piece not in self._wanted:
                 handle = self._open() if self._handle is None else self._handle
@@ -281,7 +292,7 @@ class ShardFile:
             raise self._error(f"row groups of {rows} rows do not hold {self._info.tokens} tokens")
         return rows
 
-    def _values_at(self, footer: pq.FileMetaData, column: int, width: int) -> list[int]:
+    def _values_at(self, footer: pq.FileMetaData, column: int, width: int) -> npt.NDArray[np.int64]:
         """Where in the file each row group's values of a column lie, `width` bytes a row."""
         offsets = []
         for number in range(footer.num_row_groups):
@@ -293,7 +304,7 @@ class ShardFile:
                 name = chunk.path_in_schema
                 raise self._error(f"{name} are not stored plainly: rewritten by another program")
             offsets.append(chunk.data_page_offset + header)
-        return offsets
+        return np.array(offsets, np.int64)
 
     def _error(self, what: str) -> DataError:
         return DataError(f"{self.file}: {what}; prepare the source again with overwrite=true")

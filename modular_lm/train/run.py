@@ -194,6 +194,8 @@ class Run:
             data=self.dataset.fingerprint(),
             init_ckpt_path=None if start else self.config.checkpoint.init_ckpt_path,
         )
+        # Counted; the next attempt counts what this one does.
+        self.folder.last_step.write(start)
         return start
 
     def record_checkpoints(self) -> None:
@@ -262,8 +264,8 @@ def _data_changes(config: TrainConfig, folder: RunFolder, dataset: Dataset) -> t
 
     Raises DataError for a difference, unless `data.allow_change` is set.
     """
-    seen = next(e["data"] for e in reversed(list(folder.events())) if "data" in e)
-    changed = differences(seen, dataset.fingerprint(), newest_step(folder.checkpoints))
+    newest = newest_step(folder.checkpoints)
+    changed = differences(_data_seen(folder, newest), dataset.fingerprint(), newest)
     if changed and not config.data.allow_change:
         raise DataError(
             f"the data of this run have changed since it began: {'; '.join(changed)}; restore "
@@ -271,6 +273,21 @@ def _data_changes(config: TrainConfig, folder: RunFolder, dataset: Dataset) -> t
             "later step on, or set data.allow_change=true to go on with other data"
         )
     return tuple(changed)
+
+
+def _data_seen(folder: RunFolder, step: int) -> dict[str, str]:
+    """The fingerprint of the data under which the checkpoint of `step` was made.
+
+    An attempt under other data that saved nothing does not count.
+    """
+    latest: dict[str, str] = {}
+    seen = None
+    for event in folder.events():
+        latest = event.get("data", latest)
+        if event["event"] == "checkpoint" and event["step"] == step:
+            seen = latest
+    # Without an event: its writer was killed before it could report it.
+    return latest if seen is None else seen
 
 
 def _stored_config(folder: RunFolder, tokenizer: Tokenizer) -> TrainConfig:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +203,14 @@ def test_documents_of_a_sample_begin_with_bos_or_behind_eos() -> None:
     )
     expected = [[0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 1, 2, 2, 2, 2], [0, 0, 1, 1, 2, 3, 3, 3]]
     assert document_ids(tokens, TOKENIZER).tolist() == expected
+
+
+def test_one_token_may_be_bos_and_eos() -> None:
+    """As in GPT-2; of two in a row, as prepare writes them, the first ends a document."""
+    tokens = np.array([[9, 1, 2, 3, 9, 9, 4, 5, 9], [1, 9, 2, 9, 9, 3, 9, 4, 4]])
+    both: Any = SimpleNamespace(bos_id=9, eos_id=9)
+    expected = [[0, 0, 0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 2, 2, 3, 3, 3]]
+    assert document_ids(tokens, both).tolist() == expected
 
 
 def test_documents_without_borders_cannot_be_kept_apart(root: Path, tmp_path: Path) -> None:

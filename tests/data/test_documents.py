@@ -259,7 +259,8 @@ def test_damaged_compression_is_noticed(name: str, damage: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (None, r"a\.parquet: not a readable parquet file"),
+        (b"PAR1 nothing more", r"a\.parquet: not a readable parquet file"),
+        (b"PAR1" + b"\xff" * 60 + b"\x28\0\0\0PAR1", r"a\.parquet: not a readable parquet file"),
         (
             {"body": ["a"], "url": ["b"]},
             r"a\.parquet: no column `text` or `content`, only body, url",
@@ -267,10 +268,10 @@ def test_damaged_compression_is_noticed(name: str, damage: str, tmp_path: Path) 
         ({"text": [1, 2]}, r"a\.parquet: column `text` holds int64, expected text"),
     ],
 )
-def test_an_unusable_parquet_file(table: dict | None, message: str, tmp_path: Path) -> None:
+def test_an_unusable_parquet_file(table: dict | bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
-    if table is None:
-        file.write_bytes(b"PAR1 nothing more")
+    if isinstance(table, bytes):
+        file.write_bytes(table)
     else:
         pq.write_table(pa.table(table), file)
     with pytest.raises(DataError, match=message) as e:

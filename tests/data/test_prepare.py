@@ -232,6 +232,17 @@ def test_a_damaged_source_is_not_taken_for_prepared(config: PrepareConfig, tmp_p
     assert prepared(config, overwrite=True) == before
 
 
+def test_a_shard_of_the_same_size_is_made_again_too(config: PrepareConfig, tmp_path: Path) -> None:
+    before = prepared(config)
+    shard = tmp_path / "dst" / "wiki" / "train-00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"differs .*prepare the source again with overwrite=true"):
+        SourceReader(tmp_path / "dst" / "wiki").windows(np.arange(1), 8)
+    assert prepared(config, overwrite=True) == before
+
+
 def test_a_foreign_folder_is_never_replaced(config: PrepareConfig, tmp_path: Path) -> None:
     (tmp_path / "dst" / "wiki").mkdir(parents=True)
     (tmp_path / "dst" / "wiki" / "thesis.tex").touch()

@@ -195,6 +195,11 @@ def test_each_piece_of_a_file_is_fetched_once(
     reader.windows(np.arange(199), 10)
     assert len(asked) == len({*asked})
     assert all(at % 256 == 0 and n == 256 for at, n in asked)
+    before = len(asked)
+    monkeypatch.setattr(shards, "_REMEMBERED_S", 0.0)
+    reader.windows(np.arange(199), 10)
+    assert len(asked) > before
+    assert {*asked[before:]} == {*asked}
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

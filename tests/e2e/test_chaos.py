@@ -25,12 +25,20 @@ from tests.support import (
     wait_until,
 )
 
-SEED = int(os.environ.get("CHAOS_SEED", "0"))
+# A failure prints it; the rounds that belong to `make test` do not change.
+SEED = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 CHAOS = [
     pytest.param(number, marks=pytest.mark.chaos)
     for number in range(1, 1 + int(os.environ.get("CHAOS_ROUNDS", "10")))
 ]
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def random_of(what: str, number: int) -> random.Random:
+    """What decides a round; round 0 is the same each time."""
+    seed = SEED if number else 0
+    print(f"CHAOS_SEED={seed} {what} {number}")
+    return random.Random(f"{seed} {what} {number}")
 
 
 def reach(folder: RunFolder, step: int, job: subprocess.Popen) -> None:
@@ -45,7 +53,7 @@ def reach(folder: RunFolder, step: int, job: subprocess.Popen) -> None:
 def test_a_worker_killed_at_a_random_step(
     uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, number: int
 ) -> None:
-    moment = random.Random(f"{SEED} worker {number}")
+    moment = random_of("worker", number)
     folder = RunFolder(tmp_path / "run")
     job = jobs.start("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
     reach(folder, moment.randint(1, 38), job)
@@ -58,7 +66,7 @@ def test_a_worker_killed_at_a_random_step(
 def test_the_driver_killed_at_a_random_step(
     uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, number: int
 ) -> None:
-    moment = random.Random(f"{SEED} driver {number}")
+    moment = random_of("driver", number)
     folder = RunFolder(tmp_path / "run")
     job = jobs.start("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
     reach(folder, moment.randint(1, 36), job)
@@ -73,12 +81,12 @@ def test_a_reading_task_killed_at_a_random_step(
     uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path, number: int
 ) -> None:
     """Ray Data runs it again, and the workers do not stop for it."""
-    moment = random.Random(f"{SEED} reader {number}")
+    moment = random_of("reader", number)
     folder = RunFolder(tmp_path / "run")
     job = jobs.start("ray_jobs.train", *TINY, f"dump_dir={folder.path}")
     reach(folder, moment.randint(1, 20), job)
-    victims = reading_tasks(jobs.environment)
-    assert victims, "a run of 40 deliveries is still being read at step 20"
+    # Of 40 deliveries some are yet to be read at step 20, but not always at this moment.
+    victims = wait_until(lambda: reading_tasks(jobs.environment), "a reading task")
     moment.choice(victims).send_signal(signal.SIGKILL)
     finish(job)
     assert_unharmed(folder, uninterrupted)

@@ -90,7 +90,10 @@ def test_what_is_read_ahead_is_bounded(dataset: Dataset, tmp_path: Path) -> None
 
     file = tmp_path / "reads"
     stream = dataclasses.replace(
-        small_stream(0, 40_000, 1), steps_per_delivery=200, deliveries_per_segment=8
+        small_stream(0, 40_000, 1),
+        steps_per_delivery=200,
+        deliveries_per_segment=8,
+        segments_per_execution=8,
     )
     reading: Any = Counted(dataset, str(file))
     with contextlib.closing(ReadAhead(reading, stream, 0)) as steps:
@@ -115,7 +118,7 @@ def test_closing_a_stream_ends_all_that_reads(
         ours = ("StreamingExecutor", "iter_threaded", "ingest")
         return [n for n in threads if n.startswith(ours)] + list(map(str, reading_tasks(ray_head)))
 
-    assert not at_work()
+    wait_until(lambda: not at_work(), "the end of what read before", 30)
     with contextlib.closing(ReadAhead(dataset, small_stream(0, 10_000, 1), 0)) as steps:
         assert len(list(itertools.islice(steps, taken))) == taken
         assert at_work()
