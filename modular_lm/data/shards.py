@@ -41,7 +41,7 @@ _MAX_PAGE_HEADER = 128
 # What a reading that meets no cached page brings in: so large that the samples of a block of the
 # plan's order cost few requests, so small that little is brought in beyond the block.
 _PIECE = 1 << 17
-# How long a piece that was asked for is taken to stay in the page cache.
+# How long a piece that was asked for is taken to stay in the page cache, and checksums are kept.
 _REMEMBERED_S = 60.0
 _TOKENS, _CRC32 = 0, 2  # Parquet columns; 1 is doc_starts
 
@@ -170,7 +170,7 @@ class ShardFile:
         self._checksums_at = self._values_at(footer, _CRC32, 4)
         self._checksums: dict[int, npt.NDArray[np.uint32]] = {}
         self._wanted: set[int] = set()
-        self._wanted_since = 0.0
+        self._known_since = 0.0
 
     def _open(self) -> int:
         check_size(self.file, self._info.size)
@@ -234,11 +234,13 @@ class ShardFile:
         """Have the kernel fetch the pieces of the file that hold these bytes, each of them once.
 
         After a minute it is asked again: it may have dropped them, which costs little to find out.
+        What is known of the rows goes too, so that it does not grow with the run.
         """
         now = time.monotonic()
-        if now > self._wanted_since + _REMEMBERED_S:
+        if now > self._known_since + _REMEMBERED_S:
             self._wanted.clear()
-            self._wanted_since = now
+            self._checksums.clear()
+            self._known_since = now
         for piece in range(at // _PIECE, (at + n - 1) // _PIECE + 1):
             if piece not in self._wanted:
                 handle = self._open() if self._handle is None else self._handle
