@@ -55,6 +55,9 @@ class Options:
     seq_len: int = key(2048, "tokens per sample", ge=1)
     step_samples: int = key(64, "samples of a step", ge=1)
     steady_tokens: int = key(256_000_000, "tokens read after the start", ge=1)
+    dataloader_tokens: int = key(
+        1 << 21, "tokens that a process of the DataLoader reads at once", ge=1
+    )
     rounds: int = key(3, "how often each takes its turn", ge=1)
     root_dir: str | None = key(None, "folder of prepared sources; default: the built-in corpus")
     source: str = key("builtin", "name of the source")
@@ -100,8 +103,8 @@ class Deliveries(torch.utils.data.IterableDataset):
 
     def __init__(self, options: Options, data: Dataset, steps: int) -> None:
         self._data, self._samples, self._steps = data, options.step_samples, steps
-        # Half of what the stream delivers at once; twice as much changed nothing.
-        self._per_delivery = max(1, (1 << 21) // (options.step_samples * options.seq_len))
+        step_tokens = options.step_samples * options.seq_len
+        self._per_delivery = max(1, options.dataloader_tokens // step_tokens)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         worker = torch.utils.data.get_worker_info()

@@ -304,7 +304,7 @@ class PrepareConfig:
     shards: int | None = key(
         None, "shards per source and split; default: one per 64 MiB of text, at most 2048", ge=1
     )
-    overwrite: bool = key(False, "replace sources that are already prepared differently")
+    overwrite: bool = key(False, "replace sources that were prepared differently or are damaged")
 
 
 @dataclass

@@ -190,6 +190,8 @@ def _already_prepared(
     changed = [f"{k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
     if manifest.inputs != inputs:
         changed.append(f"files of src: {_total(manifest.inputs)} -> {_total(inputs)}")
+    if overwrite and not changed:
+        log.info("prepare: overwrite=true: checking all shards in %s", folder)
     if overwrite:
         return None if changed or damage(folder, manifest) else manifest
     if changed:

@@ -274,9 +274,9 @@ def _asked_for(error: Exception) -> float | None:
 
 def _seconds(retry_after: str) -> float | None:
     """What a Retry-After asks for: seconds or a date (RFC 9110, section 10.2.3)."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, float(int(retry_after)))
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         left = parsedate_to_datetime(retry_after).timestamp() - time.time()
         return max(0.0, left)
     return None
