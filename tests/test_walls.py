@@ -93,6 +93,7 @@ def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
         ("ray_jobs.generate", ("torch", *HEAVY)),
         ("ray_jobs.convert", ("torch", *HEAVY)),
         ("ray_jobs.modules", ("torch", *HEAVY)),
+        ("cluster.plan", ("torch", "numpy", *HEAVY)),
     ],
 )
 def test_mistakes_are_answered_before_anything_heavy_is_loaded(
