@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from modular_lm.data.dataset import Dataset, StepRows, rank_range
 from modular_lm.errors import UserFacingError
@@ -38,6 +40,7 @@ _TOKENS_PER_DELIVERY = 1 << 22  # below this the cost of handing over shows
 # iterator hold: `benchmarks.data ahead` counts all of them.
 _QUEUED_DELIVERIES = 4
 _CLOSE_TIMEOUT_S = 30
+_REST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,50 @@ def execute(dataset: Dataset, stream: Stream, rank: int, segments: range) -> Gen
     limit = _QUEUED_DELIVERIES * size * (dataset.seq_len + 1) * dataset.token_bytes
     options = context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=limit)
+    context.custom_execution_callback_classes = [Resting]
     batches: Any = iter(
         deliveries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
     )
     return batches
+
+
+class Resting(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest while nobody in this process waits for a delivery.
+
+    The loop is a thread of the training process. Once enough is read ahead it would go round
+    without a pause (a task whose next block may not be taken yet counts as ready) and hold the
+    interpreter's lock against the trainer.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by Ray Data after each round of the loop."""
+        _awaited.rest(_REST_S)
+
+
+class _Awaited:
+    """Whether something is waited for: entered by those who wait, asked by those who may rest."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._waiting += 1
+            self._changed.notify_all()
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._waiting -= 1
+
+    def rest(self, seconds: float) -> None:
+        """Return at once if anybody waits, else when somebody begins to, or after `seconds`."""
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait(seconds)
+
+
+_awaited = _Awaited()
 
 
 class ReadAhead(Iterator[StepRows]):
@@ -205,19 +248,24 @@ class _Execution:
     def __init__(self, segments: range, batches: Generator[pa.Table]) -> None:
         self.segments, self._batches = segments, batches
         pool = ThreadPoolExecutor(1, "ingest")
-        self._first = pool.submit(next, batches, None)
+        self._first = pool.submit(self._next)
         pool.shutdown(wait=False)
 
     def __iter__(self) -> Iterator[pa.Table]:
-        first = self._first.result()
-        if first is not None:
-            yield first
-            yield from self._batches
+        delivery = self._first.result()
+        while delivery is not None:
+            yield delivery
+            delivery = self._next()
+
+    def _next(self) -> pa.Table | None:
+        with _awaited:
+            return next(self._batches, None)
 
     def close(self) -> None:
         # A generator cannot be closed while another thread is in it.
         if wait([self._first], _CLOSE_TIMEOUT_S).done:
-            self._batches.close()
+            with _awaited:
+                self._batches.close()
 
 
 class PlanDataConfig(ray.train.DataConfig):

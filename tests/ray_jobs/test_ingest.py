@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,6 +102,45 @@ def test_what_is_read_ahead_is_bounded(dataset: Dataset, tmp_path: Path) -> None
             assert len(list(itertools.islice(steps, 200))) == 200
             wait_until(lambda at=taken + 2: file.stat().st_size >= at, "reading ahead", 30)
             assert file.stat().st_size <= taken + 8
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_the_loop_of_ray_data_rests_while_nobody_waits(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would else take the interpreter from the trainer: thousands of rounds a second."""
+    from ray_jobs import _ingest
+
+    rounds, rest = [], _ingest.Resting.on_execution_step
+
+    def counted(self: Any, executor: Any) -> None:
+        rounds.append(time.monotonic())
+        rest(self, executor)
+
+    monkeypatch.setattr(_ingest.Resting, "on_execution_step", counted)
+    with contextlib.closing(_ingest.ReadAhead(dataset, small_stream(0, 10_000, 1), 0)) as steps:
+        next(steps)
+        # The round in which the delivery came may have been before anybody rested.
+        first = len(rounds) + 1
+        wait_until(lambda: len(rounds) > first + 4, "rounds of the loop", 60)
+        assert rounds[first + 4] - rounds[first] > 3.5 * _ingest._REST_S
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_whoever_waits_wakes_the_loop(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several executions and to the end, and whoever closes: no rest ends by itself here."""
+    from ray_jobs import _ingest
+
+    monkeypatch.setattr(_ingest, "_REST_S", 1000.0)
+    stop = 5 + 23 * 2 + 1
+    received = list(_ingest.ReadAhead(dataset, small_stream(5, stop, 1), 0))
+    assert_same(received, LocalLoader(dataset, BATCH, 0, 1).steps(5, stop))
+    with contextlib.closing(_ingest.ReadAhead(dataset, small_stream(0, 10_000, 1), 0)) as steps:
+        next(steps)
 
 
 @pytest.mark.slow
