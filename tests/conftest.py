@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm import slurm as slurm
 from tests.support import end, free_ports, listens, wait_until
 
 # Many small processes on few cores: threads within each would only get in each other's way.
