@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: the data beside the checkout, one Ray for the session."""
+"""Fixtures shared by all tests: the data beside the checkout, one Ray and one pool of ranks for the
+session."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pool import Pool
 from tests.slurm import slurm as slurm
 from tests.support import end, free_ports, listens, wait_until
 
@@ -42,6 +44,13 @@ def shared_data() -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One prepared built-in corpus for the session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes that run a task as the ranks of one group."""
+    with tempfile.TemporaryDirectory(prefix="mlm", dir="/tmp") as short, Pool(Path(short)) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")
