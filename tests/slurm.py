@@ -64,6 +64,7 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=sched_min_interval=200000,batch_sched_delay=0,bf_interval=1,sched_interval=1
 JobRequeue=1
+EnforcePartLimits=ALL
 MinJobAge=3600
 KillWait=5
 {nodes}

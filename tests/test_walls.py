@@ -93,6 +93,7 @@ def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
         ("ray_jobs.generate", ("torch", *HEAVY)),
         ("ray_jobs.convert", ("torch", *HEAVY)),
         ("ray_jobs.modules", ("torch", *HEAVY)),
+        ("cluster.slurm", ("torch", *HEAVY)),
         ("cluster.plan", ("torch", "numpy", *HEAVY)),
     ],
 )

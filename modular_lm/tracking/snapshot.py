@@ -24,9 +24,12 @@ def snapshot_code(destination: Path) -> dict[str, Any]:
     """Replace `destination` by a copy of the code, with its origin in `snapshot.json`.
 
     Returns the origin: `version`, and `git_commit` and `dirty` (uncommitted changes in what was
-    copied), both None outside of a git checkout. The copy is complete before it gets its name.
+    copied), both None outside of a git checkout. The copy is complete before it gets its name. If
+    the code that runs is that copy, as in a job of SLURM, it stays.
     """
     root = Path(modular_lm.__file__).resolve().parents[1]
+    if root == destination.resolve():
+        return json.loads((root / ORIGIN_FILE).read_text())
     in_checkout = (root / "pyproject.toml").is_file()
     wanted = _PACKAGES + (_CHECKOUT_ONLY if in_checkout else ())
     names = [name for name in wanted if (root / name).exists()]

@@ -88,3 +88,14 @@ def test_a_repository_around_the_checkout_is_not_ours(checkout: Path, tmp_path: 
 def test_the_real_code_is_found(tmp_path: Path) -> None:
     snapshot_code(tmp_path / "code")
     assert "modular_lm/tracking/snapshot.py" in _files(tmp_path / "code")
+
+
+def test_the_code_that_runs_is_not_replaced_by_itself(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "run" / "code"
+    origin = snapshot_code(code)
+    monkeypatch.setattr(modular_lm, "__file__", str(code / "modular_lm" / "__init__.py"))
+    before = code.stat()
+    assert snapshot_code(code) == origin
+    assert (code.stat().st_ino, code.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

@@ -1,0 +1,180 @@
+"""The job that is to be launched, checked as it will check itself: before anything is submitted.
+
+Only training is checked to the last (data, tokenizer, and what the run's folder already holds); of
+other jobs the keys are. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.options import LaunchConfig, unknown
+from modular_lm.config import (
+    ConvertConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TrainConfig,
+    load_config,
+)
+from modular_lm.config.checks import dump_dir_of
+from modular_lm.config.load import from_dict
+from modular_lm.data.builtin import BUILTIN
+from modular_lm.data.dataset import check_sources, source_names
+from modular_lm.errors import ConfigError
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.run import open_run, resolve_config
+
+log = logging.getLogger(__name__)
+
+# What can be launched, and the config of each.
+SCRIPTS: dict[str, type] = {
+    "ray_jobs.train": TrainConfig,
+    "ray_jobs.prepare": PrepareConfig,
+    "ray_jobs.generate": GenerateConfig,
+    "ray_jobs.convert": ConvertConfig,
+}
+# Keys whose text is a path, by their last part; the text of `_MAYBE` can be a name instead.
+_PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path")
+_MAYBE = ("path", "src")
+# CPUs beside those of the workers: the driver and tasks of Ray Data.
+_SPARE_CPUS = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked job.
+
+    given: its config as given, with absolute paths; workers: the fewest and the most training
+    workers, None for jobs without; complete: there is nothing left to do.
+    """
+
+    script: str
+    given: dict[str, Any]
+    dump_dir: Path
+    name: str
+    workers: tuple[int, int] | None = None
+    cpus_per_worker: int = 1
+    complete: bool = False
+
+
+def check_job(options: LaunchConfig, args: Sequence[str], *, afresh: bool = False) -> Job:
+    """Check the job of these arguments. Raises ConfigError, DataError or CheckpointError.
+
+    afresh: what its folder holds is going to be deleted.
+    """
+    if options.script not in SCRIPTS:
+        raise unknown("script", options.script, list(SCRIPTS))
+    cls = SCRIPTS[options.script]
+    keys = [f.name for f in fields(cls)]
+    _check_names(args, keys)
+    own = [arg for arg in args if arg.startswith("dump_dir=") and "dump_dir" not in keys]
+    _, given = load_config(cls, [arg for arg in args if arg not in own])
+    given = _with_absolute_paths(given)
+    if cls is TrainConfig:
+        return _check_training(options, given, afresh)
+    if not own:
+        raise ConfigError(
+            f"dump_dir: {options.script} has none of its own; name a folder for the batch script "
+            "and the log"
+        )
+    dump_dir = _folder(own[-1].partition("=")[2])
+    return Job(options.script, given, dump_dir, options.script.rpartition(".")[2])
+
+
+def fit(options: LaunchConfig, job: Job) -> LaunchConfig:
+    """The options with `cpus_per_node` filled in. Raises ConfigError if the job does not fit."""
+    gpus = options.gpus_per_node or 0
+    if job.workers is None:
+        if options.cpus_per_node is None:
+            raise ConfigError(f"cpus_per_node: say how many CPUs {job.script} gets on each node")
+        return options
+    most, all_gpus = job.workers[1], options.nodes * gpus
+    if gpus and most > all_gpus:
+        raise ConfigError(
+            f"ray.num_workers={most}: nodes={options.nodes} with gpus_per_node={gpus} have "
+            f"{all_gpus} GPUs; use as many workers, or more nodes"
+        )
+    if most < all_gpus:
+        log.warning("ray.num_workers=%d: %d of %d GPUs stay idle", most, all_gpus - most, all_gpus)
+    per_node = math.ceil(most / options.nodes) * job.cpus_per_worker
+    cpus = options.cpus_per_node or per_node + _SPARE_CPUS
+    needed = most * job.cpus_per_worker + 1
+    if cpus < per_node or options.nodes * cpus < needed:
+        raise ConfigError(
+            f"cpus_per_node={cpus}: {most} workers of {job.cpus_per_worker} CPUs, and their data, "
+            f"need {per_node + 1} on each of {options.nodes} nodes"
+        )
+    return replace(options, cpus_per_node=cpus)
+
+
+def fewest_nodes(options: LaunchConfig, job: Job) -> int:
+    """How many nodes the job can go on with: fewer than all only if its workers may be fewer."""
+    if job.workers is None or job.workers[0] == job.workers[1]:
+        return options.nodes
+    fewest, most = job.workers
+    return min(options.nodes, math.ceil(fewest / math.ceil(most / options.nodes)))
+
+
+def _check_names(args: Sequence[str], keys: list[str]) -> None:
+    """Raise ConfigError where a name that the job does not have is nearly one of the launcher's."""
+    own = [f.name for f in fields(LaunchConfig)]
+    for arg in args:
+        name = arg.partition("=")[0].lstrip("-")
+        if not name or "." in name or name in (*keys, "config", "dump_dir"):
+            continue
+        close = difflib.get_close_matches(name, [*own, *keys], n=1)
+        if close and close[0] in own:
+            raise ConfigError(f"unknown key {name}: did you mean {close[0]}?")
+
+
+def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) -> Job:
+    gpus = options.nodes * (options.gpus_per_node or 0)
+    if gpus and "num_workers" not in (given.get("ray") or {}):
+        given = {**given, "ray": {**(given.get("ray") or {}), "num_workers": gpus}}
+    config = from_dict(TrainConfig, given)
+    dump_dir = _folder(dump_dir_of(config))
+    # A run that is to be deleted is none that could be continued.
+    looked_at = str(dump_dir / ".afresh" if afresh else dump_dir)
+    resolved, tokenizer = resolve_config(replace(config, dump_dir=looked_at))
+    n = resolved.ray.num_workers
+    complete = False
+    if RunFolder(looked_at).last_event("created") or BUILTIN not in source_names(resolved.data):
+        complete = open_run(resolved, tokenizer, n).is_complete
+    else:
+        check_sources(resolved.data, tokenizer)  # the job itself makes the built-in corpus
+    return Job(
+        script=options.script,
+        given={**given, "dump_dir": str(dump_dir)},
+        dump_dir=dump_dir,
+        name=resolved.name,
+        workers=(n, n),
+        cpus_per_worker=resolved.ray.cpus_per_worker,
+        complete=complete,
+    )
+
+
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The config for a job that runs in another folder."""
+    changed = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = _with_absolute_paths(value)
+        elif isinstance(value, str) and value and "://" not in value:
+            path = os.path.abspath(os.path.expanduser(value))
+            if name in _PATHS or (name in _MAYBE and os.path.exists(path)):
+                value = path
+        changed[name] = value
+    return changed
+
+
+def _folder(text: str) -> Path:
+    if not text or "://" in text:
+        raise ConfigError(f"dump_dir={text}: must be a folder that all nodes share")
+    return Path(text).expanduser().resolve()

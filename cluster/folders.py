@@ -1,0 +1,105 @@
+"""What may be written where: a run's folder before and at its submission.
+
+Files of others are never deleted; those of a run of ours only where the user asks for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from cluster.checks import Job
+from cluster.options import LaunchConfig
+from cluster.plan import JobPlan
+from cluster.script import code_folder, plan_file
+from modular_lm.config import to_yaml
+from modular_lm.errors import ConfigError
+from modular_lm.files import Locked, lock, write_text_atomic
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.tracking.snapshot import snapshot_code
+from modular_lm.train.inventory import complete_steps
+
+SCRIPT = "submit.slurm"
+# What runs and the launcher make, in the order in which it is deleted: what shows that it is ours
+# comes last.
+_OURS = (
+    *("checkpoints", "evals", "profiling", "probe", "logs", "code", ".code.new", ".code.old"),
+    *("metrics.jsonl", "metrics.eval.jsonl", "config.yaml", "base_config.yaml", SCRIPT),
+    *("events.jsonl", "ray"),
+)
+
+
+def is_ours(dump_dir: Path) -> bool:
+    """Whether a run of ours is there, begun or only submitted."""
+    return RunFolder(dump_dir).events_file.is_file() or plan_file(dump_dir).is_file()
+
+
+def check_folder(dump_dir: Path, options: LaunchConfig) -> None:
+    """Raise ConfigError unless the folder is new, empty, ours, or `dirs_exists_ok` is set."""
+    if dump_dir.exists() and not dump_dir.is_dir():
+        raise ConfigError(f"dump_dir={dump_dir}: is a file; choose a folder")
+    if not dump_dir.is_dir() or is_ours(dump_dir) or options.dirs_exists_ok:
+        return
+    if names := sorted(p.name for p in dump_dir.iterdir()):
+        raise ConfigError(
+            f"dump_dir={dump_dir}: holds {names[0]} and no run of ours; choose another folder, or "
+            "use this one with dirs_exists_ok=true"
+        )
+
+
+def confirm_override(dump_dir: Path, options: LaunchConfig) -> None:
+    """Ask before what an earlier run has left is deleted. Raises ConfigError without a yes."""
+    if not is_ours(dump_dir) or options.yes:
+        return
+    steps = complete_steps(RunFolder(dump_dir).checkpoints)
+    what = f"{len(steps)} checkpoints, the latest of step {steps[-1]}" if steps else "no checkpoint"
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"override=true: would delete the run in {dump_dir} ({what}); add yes=true if it may"
+        )
+    answer = input(f"delete the run in {dump_dir} ({what})? yes/no: ")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise ConfigError(f"dump_dir={dump_dir}: nothing was deleted, nothing submitted")
+
+
+def remove_run(dump_dir: Path) -> None:
+    """Delete what a run of ours has left, if there is one, and the folder if it is empty then.
+
+    Raises ConfigError if a process trains in it.
+    """
+    if not is_ours(dump_dir):
+        return
+    driver = RunFolder(dump_dir).ray / "driver.lock"
+    if driver.exists():
+        try:
+            with lock(driver, blocking=False):
+                pass
+        except Locked as error:
+            raise ConfigError(
+                f"override=true: {dump_dir} is being trained by {error.holder}; stop it first"
+            ) from None
+    for name in _OURS:
+        path = dump_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if not any(dump_dir.iterdir()):
+        dump_dir.rmdir()
+
+
+def write_job(job: Job, plan: JobPlan) -> None:
+    """Write what the job needs into its folder: code, config, plan."""
+    folder = RunFolder(job.dump_dir)
+    folder.create()
+    snapshot_code(code_folder(job.dump_dir))
+    write_text_atomic(folder.base_config, to_yaml(job.given))
+    plan.write(plan_file(job.dump_dir))
+
+
+def write_script(text: str, folder: Path) -> Path:
+    """Write a batch script, to be read and to be submitted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / SCRIPT, text)
+    return folder / SCRIPT

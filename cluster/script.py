@@ -1,0 +1,160 @@
+"""The text of a batch script: readable, complete in itself, safe for paths with blanks and quotes.
+
+`#SBATCH` lines, then what sets up the environment, then one `exec`: the allocation takes the place
+of the batch step's shell, so that the signals which SLURM sends to that (`--signal=B:`) reach it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.options import LaunchConfig
+from cluster.sites import NodeSetup
+from modular_lm.errors import ConfigError
+
+# $NAME and ${NAME}, which the node replaces.
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
+# SLURM takes a backslash out of a path, a colon divides PYTHONPATH, and lines end with a newline.
+_IMPOSSIBLE = re.compile(r"[\\:\x00-\x1f]")
+
+
+def check_path(path: Path, key: str) -> None:
+    """Raise ConfigError for a path that a batch script cannot hold."""
+    if found := _IMPOSSIBLE.search(str(path)):
+        raise ConfigError(
+            f"{key}={str(path)!r}: SLURM cannot use a path with {found[0]!r}; choose another name"
+        )
+
+
+def plan_file(dump_dir: Path) -> Path:
+    """What the allocation carries out."""
+    return dump_dir / "ray" / "slurm" / "plan.json"
+
+
+def code_folder(dump_dir: Path) -> Path:
+    """The snapshot of the code, which is what runs."""
+    return dump_dir / "code"
+
+
+def log_file(dump_dir: Path) -> Path:
+    """The log of a job, with SLURM's pattern for its id."""
+    return dump_dir / "logs" / "slurm-%j.out"
+
+
+def array_log(folder: Path) -> Path:
+    """The log of a task of an array until it has found its own folder."""
+    return folder / "slurm-%A_%a.out"
+
+
+def batch_script(
+    options: LaunchConfig,
+    dump_dirs: Sequence[Path],
+    *,
+    command: str,
+    name: str,
+    setup: NodeSetup,
+    array_dir: Path | None = None,
+) -> str:
+    """The script for one job, or with `array_dir` for an array with a task per folder.
+
+    command: how to make this script again.
+    """
+    if array_dir is None:
+        assert len(dump_dirs) == 1
+        log = log_file(dump_dirs[0])
+        task = [f"dump_dir={shlex.quote(str(dump_dirs[0]))}"]
+    else:
+        log = array_log(array_dir)
+        task = [
+            "dump_dirs=(",
+            *(f"    {shlex.quote(str(folder))}" for folder in dump_dirs),
+            ")",
+            'dump_dir="${dump_dirs[$SLURM_ARRAY_TASK_ID]}"',
+            'exec >>"$dump_dir/logs/slurm-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.out" 2>&1',
+        ]
+    limit = f"%{options.array_limit}" if options.array_limit else ""
+    array = [f"--array=0-{len(dump_dirs) - 1}{limit}"] if array_dir else []
+    lines = [
+        "#!/bin/bash",
+        "# Written by the launcher, and again at every submission. To submit or to resume:",
+        *(f"#   {line}" for line in command.splitlines()),
+        *(f"#SBATCH {option}" for option in [*_sbatch_options(options, name, log), *array]),
+        "",
+        *task,
+        *_set_up(options, setup),
+        "",
+        'cd "$dump_dir/code" || exit 1',
+        f'exec {_python(options)} -m cluster.allocation "$dump_dir/ray/slurm/plan.json"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def expandable(text: str) -> str:
+    """The text for bash, quoted, but for variables, which are replaced where it runs."""
+    if not _VARIABLE.search(text):
+        return shlex.quote(text)
+    quoted, end = "", 0
+    for match in _VARIABLE.finditer(text):
+        quoted += _escaped(text[end : match.start()]) + match[0]
+        end = match.end()
+    return f'"{quoted}{_escaped(text[end:])}"'
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r'([\\"$`])', r"\\\1", text)
+
+
+def _sbatch_options(c: LaunchConfig, name: str, log: Path) -> list[str]:
+    resources = {
+        "job-name": c.job_name or name,
+        "nodes": c.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": c.cpus_per_node,
+        "gres": f"gpu:{c.gpus_per_node}" if c.gpus_per_node else None,
+        "mem": c.mem,
+        "time": c.time,
+        "account": c.account,
+        "qos": c.qos,
+        "partition": c.partition,
+        "constraint": c.constraint,
+        "exclude": c.exclude,
+        "output": str(log.parent).replace("%", "%%") + f"/{log.name}",
+        "open-mode": "append",
+        "signal": f"B:USR1@{c.signal_s}",
+    }
+    given = [f"--{key}={_for_sbatch(str(v))}" for key, v in resources.items() if v is not None]
+    # A lost node does not end the job.
+    return [*given, "--no-kill", "--requeue" if c.requeue else "--no-requeue", *c.sbatch_options]
+
+
+def _for_sbatch(text: str) -> str:
+    """Quoted as sbatch reads its lines: it knows quotes, and backslashes before them."""
+    if re.fullmatch(r"[\w./:@%+,=&|*\[\]()-]+", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def _set_up(c: LaunchConfig, setup: NodeSetup) -> list[str]:
+    lines = ["module purge"] if setup.module_purge else []
+    modules = [*setup.modules, *c.module_load]
+    lines += [f"module load {shlex.quote(name)} || exit 1" for name in modules]
+    if c.conda:
+        lines.append('eval "$(conda shell.bash hook)" || exit 1')
+        lines.append(f"conda activate {expandable(c.conda)} || exit 1")
+    if c.venv:
+        lines.append(f"source {expandable(c.venv.rstrip('/') + '/bin/activate')} || exit 1")
+    lines += [f"export {name}={expandable(value)}" for name, value in setup.environment.items()]
+    # Ray holds many connections; the soft limit is low on most machines.
+    lines.append('ulimit -n "$(ulimit -Hn)"')
+    return lines
+
+
+def _python(c: LaunchConfig) -> str:
+    """The interpreter: that of the environment that is set up, else the one that runs this."""
+    if c.container:
+        return f"{c.container} python3"
+    return "python" if c.venv or c.conda or c.module_load else shlex.quote(sys.executable)

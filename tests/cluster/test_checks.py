@@ -1,0 +1,117 @@
+"""What is checked of a job before it is submitted: as the job itself would."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.checks import Job, check_job, fewest_nodes, fit
+from cluster.options import LaunchConfig
+from modular_lm.errors import ConfigError, UserFacingError
+from tests.support import REPO
+
+DEBUG = f"config={REPO}/configs/debug.yaml"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODULAR_LM_CACHE", str(tmp_path / "cache"))
+
+
+def check(*args: str, **options: object) -> Job:
+    return check_job(LaunchConfig(**options), args)  # type: ignore[arg-type]
+
+
+def test_a_good_config_is_checked_and_nothing_is_written(tmp_path: Path) -> None:
+    job = check(DEBUG, "name=mine", "steps=7")
+    assert job.dump_dir == tmp_path / "runs" / "mine"
+    assert job.given["dump_dir"] == str(job.dump_dir)
+    assert (job.given["steps"], job.workers, job.complete) == (7, (2, 2), False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_mean_the_same_where_the_job_runs(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    args = ("src=text", "dst=shards", "tokenizer.name=tiktoken", "tokenizer.path=gpt2")
+    job = check(*args, "dump_dir=here", script="ray_jobs.prepare")
+    assert (job.given["src"], job.given["dst"]) == (f"{tmp_path}/text", f"{tmp_path}/shards")
+    assert job.given["tokenizer"]["path"] == "gpt2"
+    assert job.dump_dir == tmp_path / "here"
+    builtin = check("src=builtin", "dump_dir=here", script="ray_jobs.prepare")
+    assert builtin.given["src"] == "builtin"
+
+
+def test_one_worker_for_each_gpu_unless_it_is_given(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"data": {"batch_size": 1}}))
+    assert check(f"config={config}", nodes=2, gpus_per_node=4).workers == (8, 8)
+    given = check(f"config={config}", "ray.num_workers=6", nodes=2, gpus_per_node=4)
+    assert given.workers == (6, 6)
+    assert check(f"config={config}", nodes=2).workers == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["steps=x"], "steps='x': expected a whole number"),
+        (["model.dmi=8"], "unknown key model.dmi: did you mean model.dim?"),
+        (["node=2"], "unknown key node: did you mean nodes?"),
+        (["partitoin=x"], "unknown key partitoin: did you mean partition?"),
+        (["model.n_heads=3"], "model.dim=128: must be divisible"),
+        (["data.sources={web: 1}", "data.root_dir=nowhere"], "nowhere"),
+        (["data.tokenizer.name=sp"], "data.tokenizer.path"),
+        (["checkpoint.init_ckpt_path=nowhere"], "checkpoint.init_ckpt_path="),
+        (["dump_dir=s3://bucket/x"], "dump_dir=s3://bucket/x: must be a folder"),
+    ],
+)
+def test_mistakes_are_found_before_submission(
+    tmp_path: Path, args: list[str], message: str
+) -> None:
+    with pytest.raises(UserFacingError, match=re.escape(message)) as raised:
+        check(DEBUG, *args)
+    assert raised.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_scripts_are_named() -> None:
+    with pytest.raises(ConfigError, match=re.escape("did you mean ray_jobs.train?")):
+        check(DEBUG, script="ray_jobs.trian")
+
+
+def test_a_job_without_a_folder_needs_one() -> None:
+    with pytest.raises(ConfigError, match=re.escape("dump_dir: ray_jobs.prepare has none")):
+        check(script="ray_jobs.prepare")
+
+
+def job(workers: tuple[int, int] | None, cpus: int = 1) -> Job:
+    return Job("ray_jobs.train", {}, Path("/x"), "x", workers, cpus)
+
+
+def test_cpus_are_those_of_the_workers_and_two_more() -> None:
+    assert fit(LaunchConfig(nodes=2), job((4, 4), 3)).cpus_per_node == 2 * 3 + 2
+    assert fit(LaunchConfig(nodes=2, cpus_per_node=9), job((4, 4), 3)).cpus_per_node == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "message"),
+    [
+        ({"nodes": 2, "gpus_per_node": 2}, (5, 5), "ray.num_workers=5: nodes=2 with"),
+        ({"nodes": 2, "cpus_per_node": 2}, (4, 4), "cpus_per_node=2: 4 workers of 1 CPUs"),
+        ({"nodes": 2}, None, "cpus_per_node: say how many"),
+    ],
+)
+def test_a_job_that_cannot_fit_is_refused(
+    options: dict[str, int], workers: tuple[int, int] | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        fit(LaunchConfig(**options), job(workers))  # type: ignore[arg-type]
+
+
+def test_a_job_goes_on_with_fewer_nodes_only_if_its_workers_may_be_fewer() -> None:
+    assert fewest_nodes(LaunchConfig(nodes=4), job((8, 8))) == 4
+    assert fewest_nodes(LaunchConfig(nodes=4), job((3, 8))) == 2
+    assert fewest_nodes(LaunchConfig(nodes=4), job(None)) == 4

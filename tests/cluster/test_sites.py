@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cluster.options import LaunchConfig, load_options
+from cluster.sites import FOLDER, NodeSetup, apply_site, load_site
+from modular_lm.errors import ConfigError
+
+SITES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def at(site: str, *args: str, **environment: str) -> tuple[LaunchConfig, NodeSetup]:
+    return apply_site(load_options([f"site={site}", *args]), load_site(site), environment)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_every_profile_is_readable_and_described(name: str) -> None:
+    assert load_site(name).description
+
+
+def test_every_fact_of_jean_zay_says_where_it_is_from() -> None:
+    """A page of the documentation, or that it is not verified."""
+    facts = (FOLDER / "jean_zay.yaml").read_text().partition("kinds:")[2].splitlines()
+    for line in facts:
+        if re.search(r":\s+[^\s#]", line) and not line.lstrip().startswith("#"):
+            assert re.search(r"# .*\[(gpu|cpu|disks|\?)\]", line), line
+
+
+def test_the_generic_site_adds_nothing() -> None:
+    options, setup = at("generic", "nodes=3", "account=me")
+    assert options == LaunchConfig(site="generic", nodes=3, account="me", gpus_per_node=0)
+    assert setup == NodeSetup()
+
+
+def test_a_kind_brings_its_nodes() -> None:
+    options, setup = at("jean_zay", "kind=h100", "account=xyz", "module_load=[pytorch-gpu]")
+    assert (options.constraint, options.account) == ("h100", "xyz@h100")
+    assert (options.gpus_per_node, options.cpus_per_node) == (4, 96)
+    assert options.sbatch_options == ["--hint=nomultithread"]
+    assert (setup.modules, setup.module_purge) == (("arch/h100",), True)
+    assert options.module_load == ["pytorch-gpu"]
+    assert setup.environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_what_the_user_gives_wins() -> None:
+    options, _ = at(
+        *("jean_zay", "kind=v100", "gpus_per_node=1", "constraint=v100-16g"),
+        *("account=abc@v100", "sbatch_options=[--hint=multithread]"),
+        IDRPROJ="xyz",
+    )
+    assert (options.gpus_per_node, options.cpus_per_node) == (1, 10)
+    assert (options.constraint, options.account) == ("v100-16g", "abc@v100")
+    assert options.sbatch_options == ["--hint=multithread"]
+
+
+def test_the_account_is_that_of_the_project_in_use() -> None:
+    assert at("jean_zay", "kind=a100", IDRPROJ="xyz")[0].account == "xyz@a100"
+    assert at("jean_zay", "kind=a100")[0].account is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "several kinds of nodes: kind=v100|a100|h100"),
+        (["kind=h10"], "kind=h10: did you mean h100?"),
+        (["kind=h100", "qos=qos_gpu-t3"], "qos=qos_gpu-t3: did you mean qos_gpu_h100-t3?"),
+        (["kind=v100", "time=30:00:00"], "allows 20:00:00; use qos=qos_gpu-t4"),
+        (["kind=v100", "time=3:00:00", "qos=qos_gpu-dev"], "allows 2:00:00; use qos=qos_gpu-t3"),
+        (["kind=a100", "time=21:00:00"], "use at most 20:00:00"),
+        (["kind=prepost", "time=21:00:00"], "allows 20:00:00; use at most 20:00:00"),
+        (["kind=a100", "account=x@h100"], "an account that ends with @a100, e.g. x@a100"),
+        (["kind=a100", "gpus_per_node=9"], "gpus_per_node=9: nodes of kind=a100 have 8"),
+    ],
+)
+def test_what_jean_zay_would_refuse_is_refused_here(args: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        at("jean_zay", *args)
+
+
+def test_an_unknown_site_is_named() -> None:
+    with pytest.raises(ConfigError, match=re.escape("site=jeanzay: did you mean jean_zay?")):
+        load_site("jeanzay")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("descriptio: x", "unknown key descriptio: did you mean description?"),
+        ("kinds: {big: {gpu_per_node: 4}}", "kinds.big: unknown key gpu_per_node"),
+        ("kinds: {big: {qos: {long: 2 days}}}", "kinds.big.long=2 days: expected minutes"),
+        ("kinds: [big]", "kinds: expected a mapping"),
+        ("environment: {A-B: x}", "environment.A-B: not a name of a variable"),
+        ("a: [", "site="),
+    ],
+)
+def test_a_profile_with_a_mistake_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        load_site(str(file))
+    assert str(file) in str(raised.value)
+
+
+def test_a_profile_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("kinds: {big: {partition: big, gpus_per_node: 8, cpus_per_gpu: 12}}")
+    options, _ = at(str(file), "kind=big")
+    assert (options.partition, options.cpus_per_node) == ("big", 96)
