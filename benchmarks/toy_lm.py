@@ -27,7 +27,7 @@ from modular_lm.data.dataset import Dataset, LocalLoader
 from modular_lm.data.reader import SourceReader
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
-from modular_lm.optim import build_optimizer, learning_rate
+from modular_lm.optim import build_optimizers, learning_rate
 from modular_lm.tokenizer import build_tokenizer
 
 SEQ_LEN, CHUNK, LONGER = 256, 16, 4
@@ -153,15 +153,14 @@ def _build(run: Run, vocab_size: int) -> LanguageModel:
 
 def _train(model: LanguageModel, loader: LocalLoader, run: Run) -> None:
     config = OptimConfig(lr=run.lr, warmup=run.steps // 10)
-    optimizer = build_optimizer(model, config)
+    optimizers = build_optimizers(model, config)
     for rows in loader.steps(0, run.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, run.steps, rows.step)
+        optimizers.set_learning_rate(learning_rate(config, run.steps, rows.step))
         tokens = torch.from_numpy(rows.tokens.astype(np.int64))
-        optimizer.zero_grad()
+        optimizers.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
+        optimizers.step()
 
 
 def _losses(model: LanguageModel, sequences: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from typing import Any
 
 from modular_lm.config.columns import resolve_columns
 from modular_lm.config.load import to_dict
+from modular_lm.config.optim import check_optim, warnings_of_optim
 from modular_lm.config.schema import ModelConfig, TrainConfig
 from modular_lm.errors import ConfigError
 
-# What decides the function that is trained: fixed for the life of a run. The data and their order
-# are held, too, but by a fingerprint of what they are, not by keys and paths (data/fingerprint.py).
-FIXED = ("seed", "model", "data.document_mask")
+# What decides the function that is trained, and what its optimizer remembers of it: fixed for the
+# life of a run. The data and their order are held, too, but by a fingerprint of what they are, not
+# by keys and paths (data/fingerprint.py).
+FIXED = ("seed", "model", "data.document_mask", "optim.name")
 # Say how a command ends or what it prints, not what it computes.
 _TRANSIENT = ("dry_run", "stop_at", "data.allow_change")
 
@@ -162,6 +164,7 @@ def _check_run(c: TrainConfig) -> None:
             f"model.create_module_init={c.model.create_module_init}: no column is created; "
             "name it in model.create_module_name"
         )
+    check_optim(c.optim)
     _check_attention(c)
 
 
@@ -182,12 +185,7 @@ def _check_attention(c: TrainConfig) -> None:
 
 def warnings_of(c: TrainConfig) -> list[str]:
     """What is allowed but probably not meant."""
-    found = []
-    if c.optim.warmup > c.steps:
-        found.append(
-            f"optim.warmup={c.optim.warmup} is longer than the run, steps={c.steps}: "
-            f"the learning rate never reaches optim.lr={c.optim.lr:g}"
-        )
+    found = warnings_of_optim(c.optim, c.steps)
     if late := [step for step in c.data.stages if int(step) >= c.steps]:
         found.append(f"data.stages.{late[0]} is never reached: the run ends after steps={c.steps}")
     m, chunk = c.model, c.model.module_seq_len

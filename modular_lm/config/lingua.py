@@ -41,9 +41,7 @@ _IGNORED: dict[str, str] = {
     "eval.wandb": "runs are tracked in MLflow (logging.mlflow)",
     "eval.validation.max_steps": "eval.validation.max_docs limits the validation",
     "eval.validation.use_val_from_train_src": "validation documents come with each source",
-    "optim.annealing_step": "belongs to a schedule that is not chosen",
-    "optim.decay_fraction": "belongs to a schedule that is not chosen",
-    "optim.exp_factor": "belongs to a schedule that is not chosen",
+    "optim.annealing_step": "no schedule of Lingua's reads it",
 }
 
 # key -> (values that mean "off", reason)
@@ -65,7 +63,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.add_bos": ((True, None), "it is decided when the shards are prepared"),
     "data.add_eos": ((True, None), "it is decided when the shards are prepared"),
     "optim.cosine_theta": ((1, 1.0, None), "the cosine schedule has no exponent"),
-    "optim.cycle_length": ((1, 1.0, None), "the cosine schedule has one cycle"),
 }
 
 

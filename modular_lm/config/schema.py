@@ -1,14 +1,17 @@
 """The dataclass tree of every job's configuration.
 
 Keys carry Meta Lingua's names where Lingua has the thing. A field is declared with `key(default,
-help, bounds)`; `load` reads type, bounds and help from here, so this file is the only place where
-a key is described. Conditions between keys are in `checks`.
+help, bounds)`; `load` reads type, bounds and help from here, so this is the only place where a key
+is described (those of `optim.*` in `optim`). Conditions between keys are in `checks`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from modular_lm.config.keys import key
+from modular_lm.config.optim import OptimConfig
 
 TokenizerName = Literal["bytes", "sp", "tiktoken", "llama2", "llama3", "gemma"]
 DatasetName = Literal[
@@ -28,7 +31,6 @@ Pool = Literal["mean", "last"]
 ColumnInit = Literal["copy", "fresh"]
 ModuleTrain = Literal["new", "all"]
 Mixer = Literal["attention"]
-Scheduler = Literal["cosine", "linear", "constant"]
 FsdpType = Literal["full_shard", "shard_grad_op"]
 Dtype = Literal["fp32", "bf16"]
 Loader = Literal["ray", "local"]
@@ -38,28 +40,6 @@ ShardsAction = Literal["inspect", "verify"]
 SplitName = Literal["train", "val"]
 ModulesAction = Literal["list", "add", "export", "import", "merge"]
 AttentionImpl = Literal["auto", "sdpa", "flex", "xformers"]
-
-
-def key(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    name: str | None = None,
-) -> Any:
-    """A dataclass field with a one-line description and inclusive (ge, le) or strict bounds.
-
-    name: the key that users write, where the field cannot be called so (`from`).
-    """
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "name": name}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -158,19 +138,6 @@ class ModelConfig:
     module_names: list[str] = key(
         [], "columns beside the base; default: those of checkpoint.init_ckpt_path, and the new one"
     )
-
-
-@dataclass
-class OptimConfig:
-    lr: float = key(3e-4, "peak learning rate", ge=0)
-    weight_decay: float = key(0.1, "AdamW weight decay, on matrices only", ge=0)
-    beta1: float = key(0.9, "AdamW beta1", ge=0, lt=1)
-    beta2: float = key(0.95, "AdamW beta2", ge=0, lt=1)
-    epsilon: float = key(1e-8, "AdamW epsilon", gt=0)
-    clip: float = key(1.0, "clip the global gradient norm to this", gt=0)
-    scheduler: Scheduler = key("cosine", "learning-rate schedule after the warm-up")
-    warmup: int = key(100, "steps of linear warm-up from 0", ge=0)
-    lr_min_ratio: float = key(0.1, "final learning rate / peak learning rate", ge=0, le=1)
 
 
 @dataclass

@@ -64,11 +64,20 @@ def trained_parameters(config: ModelConfig) -> int:
     return column + (shared if config.module_train == "all" else 0)
 
 
+def trained_matrices(config: ModelConfig) -> int:
+    """How many of the trained parameters are in matrices of layers and sites."""
+    sites = n_sites(config) * _site_matrices(config)
+    return parameters(config).layers + (sites if config.module_train == "all" else 0)
+
+
 def _site_parameters(config: ModelConfig) -> int:
+    norms = 2 if config.module_agg == "stack" else 1
+    return _site_matrices(config) + norms * sizes_of(config).dim
+
+
+def _site_matrices(config: ModelConfig) -> int:
     z = sizes_of(config)
-    if config.module_agg == "stack":
-        return 4 * z.dim * z.agg_dim + 2 * z.dim
-    return z.dim * z.dim + z.dim
+    return 4 * z.dim * z.agg_dim if config.module_agg == "stack" else z.dim * z.dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -18,6 +18,9 @@ these kinds and fields:
     checkpoint      step, path, data_digest (of all samples seen), bytes, seconds; the last three
                     are missing where the writer was killed before it could tell
     validation      step, and its results
+    skipped         step, samples (first and last of its batch), loss, grad_norm, in_a_row: a step
+                    that changed nothing, for loss or gradient were not finite
+    spike           step, samples, loss, grad_norm, median and deviation of the losses before
     stop_requested  reason
     end             status (done | stopped | failed), step, exit_code, reason
 
@@ -114,6 +117,10 @@ class RunFolder:
     def curves_file(self, step: int) -> Path:
         """Validation losses by position in chunk and by chunk, as `eval.positions` writes them."""
         return self.evaluation(step) / "positions.json"
+
+    def dump(self, step: int) -> Path:
+        """The rows of a step after which the run gave up: `about.json`, `rank_*.npz`."""
+        return self.path / "dumps" / f"{step:010d}"
 
     def log_file(self, rank: int) -> Path:
         """The log of one rank."""

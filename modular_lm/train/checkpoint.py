@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -58,13 +58,16 @@ _ADDED = ("aggs.", "columns.")
 class TrainState:
     """Where training stands: `step` optimizer steps are done, of `global_batch_size` samples.
 
-    data_digest: hexadecimal, of all samples seen (`data.fingerprint.digest`).
+    data_digest: hexadecimal, of all samples seen (`data.fingerprint.digest`); skipped, spikes: as
+    `stability` counts them.
     """
 
     step: int
     global_batch_size: int
     tokens: int
     data_digest: str
+    skipped: int = 0
+    spikes: int = 0
 
 
 # ------------------------------------------------------------------ writing
@@ -73,7 +76,7 @@ class TrainState:
 def save(
     checkpoints: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: TrainState,
     config: TrainConfig,
     tokenizer: Tokenizer,
@@ -94,7 +97,7 @@ def save(
             folder.mkdir(parents=True, exist_ok=True)
 
     def write() -> dict[str, dict[str, Any]]:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizers)
         dcp.save(
             {"model": model_state, "optimizer": optimizer_state},
             storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
@@ -185,9 +188,9 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World
 ) -> TrainState:
-    """Verify a checkpoint and load model and optimizer from it, in place. A collective.
+    """Verify a checkpoint and load model and optimizers from it, in place. A collective.
 
     The checkpoint may come from any number of ranks. Raises AgreedError if it is damaged.
     """
@@ -195,12 +198,12 @@ def load(
     world.together(lambda: inventory.verify(folder, world.rank, world.size), failure)
 
     def read() -> TrainState:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizers)
         state = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(state, checkpoint_id=folder, process_group=world.control)
         set_state_dict(
             model,
-            optimizer,
+            optimizers,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )

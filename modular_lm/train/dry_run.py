@@ -8,12 +8,13 @@ from modular_lm.model.flops import (
     flops_per_token,
     parameters,
     state_elements,
+    trained_matrices,
     trained_parameters,
 )
 from modular_lm.model.sizes import column_names, sizes_of
 
-# In fp32: weights, then of those that learn gradients and the two moments of AdamW.
-_WEIGHT_BYTES, _LEARNING_BYTES = 4, 12
+# In fp32: weights, then of those that learn gradients and the two moments of AdamW; Muon has one.
+_WEIGHT_BYTES, _LEARNING_BYTES, _MUON_SAVES = 4, 12, 4
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
@@ -62,13 +63,15 @@ def _columns(config: TrainConfig) -> list[tuple[str, str]]:
 def memory_estimate(config: TrainConfig, world_size: int) -> tuple[float, float]:
     """(state, activations) of one worker in MiB.
 
-    State is 16 bytes a parameter that learns and 4 of any other, sharded. Activations are a rough
-    estimate for a micro-batch without recomputation: per token and layer what backward needs of
-    attention (about 8 dim) and of the feed-forward (about 2 dim + 4 hidden), and logits twice in
-    fp32.
+    State is 16 bytes a parameter that learns (12 under Muon) and 4 of any other, sharded.
+    Activations are a rough estimate for a micro-batch without recomputation: per token and layer
+    what backward needs of attention (about 8 dim) and of the feed-forward (about 2 dim + 4 hidden),
+    and logits twice in fp32.
     """
     m, d = config.model, config.data
     state = _WEIGHT_BYTES * parameters(m).total + _LEARNING_BYTES * trained_parameters(m)
+    if config.optim.name == "muon":
+        state -= _MUON_SAVES * trained_matrices(m)
     size = 2 if config.distributed.model_dtype == "bf16" else 4
     tokens = d.batch_size * d.seq_len
     per_layer = (10 * m.dim + 4 * sizes_of(m).ffn_dim) * size

@@ -65,7 +65,22 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
         )
     dump_dir = str(Path(resolved.dump_dir).expanduser().resolve())
     resolved = dataclasses.replace(resolved, data=data, dump_dir=dump_dir)
+    _check_multipliers(resolved)
     return _with_initial_weights(resolved, tokenizer), tokenizer
+
+
+def _check_multipliers(config: TrainConfig) -> None:
+    """Raise ConfigError for a pattern of `optim.lr_multipliers` that matches no parameter."""
+    if not config.optim.lr_multipliers:
+        return
+    import torch
+
+    from modular_lm.model.lm import LanguageModel
+    from modular_lm.optim.groups import check_patterns
+
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    check_patterns(config.optim, [name for name, _ in model.named_parameters()])
 
 
 def _inherited(config: TrainConfig) -> TrainConfig:

@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.distributed.tensor import DTensor
 
 from modular_lm.config import TrainConfig
-from modular_lm.data.dataset import StepRows, document_ids, micro_batches, rank_range
+from modular_lm.data.dataset import StepRows, rank_range
 from modular_lm.data.fingerprint import digest
 from modular_lm.errors import RunFailedError, UserFacingError
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
 from modular_lm.eval.positions import write_curves
 from modular_lm.model.columns import begin_column
 from modular_lm.model.flops import flops_per_token
-from modular_lm.optim import apply_settings, build_optimizer, learning_rate
-from modular_lm.parallel import World, build_model, sync_gradients
+from modular_lm.optim import build_optimizers
+from modular_lm.parallel import World, build_model
 from modular_lm.tokenizer import Tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train import checkpoint, inventory
 from modular_lm.train.checkpoint import TrainState
 from modular_lm.train.metrics import Stopwatch, device_peak, memory_mib
+from modular_lm.train.stability import Stability
+from modular_lm.train.stepping import Stepper, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Callbacks:
 
     metrics: a training line; evaluation: a line of validation metrics; saved: a complete
     checkpoint; stop: asked before each step, a reason if this rank was told to stop; stepped:
-    after each step, how many are done.
+    after each step, how many are done; trouble: kind and fields of a skipped step or a loss spike.
     """
 
     metrics: Callable[[dict[str, Any]], None]
@@ -62,16 +62,7 @@ class Callbacks:
     saved: Callable[[dict[str, Any]], None]
     stop: Callable[[], str | None]
     stepped: Callable[[int], None]
-
-
-@dataclass
-class _StepResult:
-    """Of one optimizer step on this rank: summed nll [on device], its rows, global grad norm."""
-
-    nll: torch.Tensor
-    rows: StepRows
-    grad_norm: torch.Tensor
-    lr: float
+    trouble: Callable[[str, dict[str, Any]], None]
 
 
 @dataclass
@@ -93,15 +84,20 @@ class Trainer:
     def __post_init__(self) -> None:
         c = self.config
         self.model = build_model(c, self.world)
-        self.optimizer = build_optimizer(self.model, c.optim)
+        self.optimizers = build_optimizers(self.model, c.optim)
+        self._stepper = Stepper(
+            c, self.world, self.model, self.optimizers, self.tokenizer, self.global_batch_size
+        )
+        self.stability = Stability(
+            c, self.world, self.folder, self.global_batch_size, self.callbacks.trouble
+        )
         self.step = self.tokens = 0
         # Of the samples seen so far: this rank's part of the digest of all of them.
         self._seen = 0
         self.last_loss: float | None = None
         self._saved_step = 0
         self._clock = Stopwatch()
-        # Every position of a packed sample has a target, so the token count needs no collective.
-        self._tokens_per_step = self.global_batch_size * c.data.seq_len
+        self._tokens_per_step = self._stepper.tokens
         self._flops_per_token = flops_per_token(c.model, c.data.seq_len)
         peak = device_peak(self.world.device)
         self._peak = peak * self.world.size if peak else None
@@ -115,8 +111,8 @@ class Trainer:
             self._begin()
             return
         folder = inventory.step_folder(self.folder.checkpoints, start_step)
-        state = checkpoint.load(folder, self.model, self.optimizer, self.world)
-        apply_settings(self.optimizer, self.config.optim)
+        state = checkpoint.load(folder, self.model, self.optimizers.parts, self.world)
+        self.optimizers.apply_settings(self.config.optim)
         if (state.step, state.global_batch_size) != (start_step, self.global_batch_size):
             raise RunFailedError(
                 f"{folder}: holds step {state.step} of {state.global_batch_size} samples a step, "
@@ -124,6 +120,7 @@ class Trainer:
             )
         self.step = self._saved_step = start_step
         self.tokens = state.tokens
+        self.stability.skipped, self.stability.spikes = state.skipped, state.spikes
         if self.world.rank == 0:
             self._seen = int(state.data_digest, 16)
         log.info("resumed at step %d from %s", start_step, folder)
@@ -146,8 +143,9 @@ class Trainer:
                 self._save()
                 return Outcome("stopped", self.step, self.last_loss)
             assert isinstance(rows, StepRows)
-            result = self._optimize(rows)
+            result = self._stepper.step(rows)
             self.step += 1
+            self.stability.follow(result)
             self.tokens += self._tokens_per_step
             self._seen += digest(rows.index, rows.tokens)
             self._clock.steps += 1
@@ -178,42 +176,6 @@ class Trainer:
             )
         return rows
 
-    def _optimize(self, rows: StepRows) -> _StepResult:
-        """One optimizer step: the gradient of the mean loss over all tokens of all ranks."""
-        lr = learning_rate(self.config.optim, self.config.steps, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        most = -(-self.global_batch_size // self.world.size)
-        parts = micro_batches(rows.tokens, most, self.config.data.batch_size)
-        nll = torch.zeros((), device=self.world.device)
-        for i, part in enumerate(parts):
-            sync_gradients(self.model, i == len(parts) - 1)
-            loss = self._loss(part) if len(part) else self._idle()
-            # FSDP averages gradients over the ranks; undo that, a mean over tokens is wanted.
-            (loss * (self.world.size / self._tokens_per_step)).backward()
-            nll += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return _StepResult(nll, rows, norm, lr)
-
-    def _loss(self, rows: np.ndarray) -> torch.Tensor:
-        """The summed negative log-likelihood of rows [n, T + 1]."""
-        device, documents = self.world.device, None
-        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
-        if self.config.data.document_mask:
-            documents = torch.from_numpy(document_ids(rows[:, :-1], self.tokenizer)).to(device)
-        return self.model(tokens[:, :-1], tokens[:, 1:], documents).sum()
-
-    def _idle(self) -> torch.Tensor:
-        """A pass without weight, for a rank that has no rows left while others have.
-
-        As long as theirs, so that it goes through the same modules.
-        """
-        shape = (1, self.config.data.seq_len)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
-        return self.model(tokens, tokens).sum() * 0.0
-
     # -------------------------------------------------------------- beside the steps
 
     def _agreed_stop(self, rows: StepRows | UserFacingError) -> bool:
@@ -240,20 +202,32 @@ class Trainer:
                     # Before the line that tells of it.
                     write_curves(self.folder.curves_file(self.step), self.step, scores.curves)
             self.callbacks.evaluation({"global_step": self.step, **scores.metrics})
-        # Last, so that the checkpoint of a step exists only when all else of the step is done.
-        if last or evaluate or _due(self.step, cadence.dump.every):
+        due = evaluate or _due(self.step, cadence.dump.every)
+        if due and not last:
+            self.stability.settle()
+        # Last, so that the checkpoint of a step exists only when all else of the step is done. None
+        # of weights that give no finite loss: it might push out one of better weights.
+        if last or (due and not self.stability.streak):
             self._save()
 
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
+        self.stability.settle()
         seen = self._digest(*self.world.sum(*self._halves()))
-        state = TrainState(self.step, self.global_batch_size, self.tokens, seen)
+        state = TrainState(
+            self.step,
+            self.global_batch_size,
+            self.tokens,
+            seen,
+            self.stability.skipped,
+            self.stability.spikes,
+        )
         with self._paused():
             saved = checkpoint.save(
                 self.folder.checkpoints,
                 self.model,
-                self.optimizer,
+                self.optimizers.parts,
                 state,
                 self.config,
                 self.tokenizer,
@@ -270,22 +244,22 @@ class Trainer:
         yield
         self._clock.paused += time.perf_counter() - began
 
-    def _report(self, result: _StepResult) -> None:
+    def _report(self, result: StepResult) -> None:
         """Hand the metrics line of the step just done to the callback. A collective."""
+        self.stability.settle()
+        figures = result.read()
         n_bytes = text_bytes(self.tokenizer, result.rows.tokens)
-        mine = (result.nll.item(), float(n_bytes), *self._halves())
-        nll, total_bytes, low, high = self.world.sum(*mine)
-        norm = result.grad_norm
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        self.last_loss = nll / self._tokens_per_step
+        total_bytes, low, high = self.world.sum(float(n_bytes), *self._halves())
+        self.last_loss = figures.nll / self._tokens_per_step
         self.callbacks.metrics(
             {
                 "global_step": self.step,
                 "loss/out": self.last_loss,
-                "loss/bpb": bits_per_byte(nll, int(total_bytes)),
+                "loss/bpb": bits_per_byte(figures.nll, int(total_bytes)),
                 "optim/lr": result.lr,
-                "optim/grad_norm": norm.item(),
+                "optim/grad_norm": figures.grad_norm,
+                "optim/skipped": self.stability.skipped,
+                "optim/spikes": self.stability.spikes,
                 "optim/total_tokens": self.tokens,
                 "data/digest": self._digest(low, high),
                 **self._clock.read(self._tokens_per_step, self._flops_per_token, self._peak),

@@ -56,7 +56,7 @@ def train_rank(
         folder,
         run.tokenizer,
         run.global_batch_size,
-        Callbacks(metrics, evaluation, saved, stop, stepped),
+        Callbacks(metrics, evaluation, saved, stop, stepped, record),
         _validation(run),
     )
     with _alone(run, world):

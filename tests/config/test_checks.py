@@ -67,6 +67,9 @@ def test_stages_are_by_step_and_normalised() -> None:
         (["model.sliding_window=64"], "model.sliding_window=64"),
         (["distributed.attn_impl=flex", "ray.use_gpu=false"], "distributed.attn_impl=flex"),
         (["distributed.attn_impl=xformers", "model.module_agg=stack"], "distributed.attn_impl="),
+        (["optim.lr_multipliers={'aggs.*': -1}"], "optim.lr_multipliers.aggs.*=-1"),
+        (["optim.lr_multipliers={'aggs.*': .inf}"], "optim.lr_multipliers.aggs.*=inf"),
+        (["optim.scheduler=wsd", "optim.cycle_length=0.5"], "optim.cycle_length=0.5"),
         (["data.sources={}"], "data.sources="),
         (["data.sources={a: 0}"], "data.sources.a=0"),
         (["data.stages={8: {}}"], "data.stages.8="),
@@ -93,6 +96,10 @@ def test_contradictions_name_the_key(arguments: list[str], key: str) -> None:
         (["model.module_agg=drop", "model.module_seq_len=null", "model.module_lookback=8"], True),
         (["model.module_agg=drop", "model.module_seq_len=128", "model.module_lookback=8"], False),
         (["optim.warmup=101"], True),
+        (["optim.scheduler=wsd", "optim.warmup=91"], True),
+        (["optim.scheduler=wsd", "optim.warmup=90"], False),
+        (["optim.lr_multipliers={'aggs.*': 0}"], True),
+        (["optim.lr_multipliers={'aggs.*': 0.1}"], False),
         (["data.stages={100: {builtin: 1}}"], True),
         (["data.stages={99: {builtin: 1}}"], False),
         (["model.module_seq_len=512", "model.module_agg=drop"], False),
@@ -107,10 +114,12 @@ def test_global_batch_size() -> None:
     assert global_batch_size(resolved("data.batch_size=4", "grad_acc_steps=3"), 2) == 24
 
 
-def test_a_run_may_change_its_optimizer_but_not_its_model() -> None:
+def test_a_run_may_change_its_learning_rate_but_not_its_model_or_optimizer() -> None:
     old = resolved()
     refused, allowed = changes(old, resolved("optim.lr=1e-4", "stop_at=50"))
     assert (refused, allowed) == ([], ["optim.lr: 0.0003 -> 0.0001"])
+    refused, _ = changes(old, resolved("optim.name=muon"))
+    assert refused == ["optim.name: adamw -> muon"]
     refused, _ = changes(old, resolved("model.dim=64"))
     assert [line.split(":")[0] for line in refused] == [
         "model.dim",

@@ -97,3 +97,12 @@ def test_weights_to_start_from_are_taken_over(tmp_path: Path) -> None:
     part = "checkpoint: {init_ckpt_path: /x, continue_training_from_init: false}"
     config, _ = load_config(TrainConfig, [write(tmp_path, part)])
     assert config.checkpoint.init_ckpt_path == "/x"
+
+
+def test_schedules_are_taken_over(tmp_path: Path) -> None:
+    part = "optim: {scheduler: wsd, decay_fraction: 0.2, annealing_step: 1000, cosine_theta: 1.0}"
+    optim = load_config(TrainConfig, [write(tmp_path, part)])[0].optim
+    assert (optim.scheduler, optim.decay_fraction) == ("wsd", 0.2)
+    part = "optim: {scheduler: inv_sqrt, exp_factor: 0.7}"
+    optim = load_config(TrainConfig, [write(tmp_path, part)])[0].optim
+    assert (optim.scheduler, optim.exp_factor) == ("inv_sqrt", 0.7)

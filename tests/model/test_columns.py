@@ -16,7 +16,7 @@ from modular_lm.model.columns import begin_column, column_prefix, freeze, layers
 from modular_lm.model.flops import parameters, trained_parameters
 from modular_lm.model.lm import LanguageModel
 from modular_lm.model.modular import State
-from modular_lm.optim import build_optimizer
+from modular_lm.optim import build_optimizers
 
 from .tiny_models import MODES, VOCAB, model_keys, some_documents, some_tokens, tiny_config
 from .tiny_models import tiny_model as plain_model
@@ -50,12 +50,13 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def train(model: LanguageModel, steps: int = 3) -> None:
     freeze(model, model.config)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.5))
+    optimizers = build_optimizers(model, OptimConfig(weight_decay=0.5))
+    optimizers.set_learning_rate(1e-2)
     for step in range(steps):
         tokens = some_tokens(2, 13, seed=step)
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers.step()
+        optimizers.zero_grad()
 
 
 # ------------------------------------------------------------------ the base

@@ -91,6 +91,7 @@ class Lines:
             self.told["saved"].append,
             self._stop,
             lambda _: None,
+            lambda *_: None,
         )
 
     def _stop(self) -> str | None:
@@ -174,7 +175,7 @@ def mixed_routes(world: World, model: LanguageModel) -> list[float]:
 def state_digests(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of every whole tensor of model and optimizer. A collective."""
     options = StateDictOptions(full_state_dict=True)
-    model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=options)
+    model, optimizer = get_state_dict(trainer.model, trainer.optimizers.parts, options=options)
     moments = cast("dict[str, dict[str, Tensor]]", optimizer["state"])
     found = {name: digest(cast("Tensor", tensor)) for name, tensor in model.items()}
     for name, of_parameter in moments.items():

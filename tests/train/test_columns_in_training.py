@@ -70,7 +70,9 @@ def train(
     def metrics(line: dict[str, Any]) -> None:
         losses.append(line["loss/out"])
 
-    callbacks = Callbacks(metrics, lambda _: None, lambda _: None, lambda: None, lambda _: None)
+    callbacks = Callbacks(
+        metrics, lambda _: None, lambda _: None, lambda: None, lambda _: None, lambda *_: None
+    )
     trainer = Trainer(config(folder, *args), world, RunFolder(folder), TOKENIZER, G, callbacks)
     trainer.resume(start)
     trainer.run(rows(start), stop)

@@ -18,7 +18,7 @@ from modular_lm.data.prepare import prepare_sources
 from modular_lm.model.columns import freeze
 from modular_lm.model.flops import flops_per_token
 from modular_lm.model.lm import LanguageModel
-from modular_lm.optim import build_optimizer
+from modular_lm.optim import build_optimizers
 from modular_lm.train.dry_run import describe, memory_estimate
 from ray_jobs import train
 from tests.support import REPO
@@ -138,16 +138,19 @@ def test_warnings_stand_below_the_figures() -> None:
     assert "warning" not in describe(modular, 1)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("mode", ["drop", "avg", "stack"])
-def test_state_memory_is_that_of_weights_gradients_and_adamw(mode: str) -> None:
-    config = tiny("model.module_seq_len=16", f"model.module_agg={mode}")
+def test_state_memory_is_that_of_weights_gradients_and_moments(mode: str, optimizer: str) -> None:
+    keys = ("model.module_seq_len=16", f"model.module_agg={mode}", f"optim.name={optimizer}")
+    config = tiny(*keys)
     model = LanguageModel(config.model)
     torch.nn.init.normal_(model.tok_embeddings.weight)
-    optimizer = build_optimizer(model, config.optim)
+    optimizers = build_optimizers(model, config.optim)
+    optimizers.set_learning_rate(1e-3)
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     model(tokens, tokens).sum().backward()
-    optimizer.step()
-    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    optimizers.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizers.state_of(p).values())]
     held = sum(t.nbytes for t in tensors if t is not None and t.ndim)  # without step counters
     state, _ = memory_estimate(config, 1)
     assert state * 2**20 == held

@@ -266,7 +266,9 @@ def trainer(world: World, folder: Path, lines: list[dict[str, Any]], *args: str)
     def nothing(line: dict[str, Any]) -> None:
         return None
 
-    callbacks = Callbacks(lines.append, nothing, nothing, lambda: None, lambda _: None)
+    callbacks = Callbacks(
+        lines.append, nothing, nothing, lambda: None, lambda _: None, lambda *_: None
+    )
     return Trainer(config(*args), world, RunFolder(folder), TOKENIZER, G, callbacks)
 
 
@@ -285,7 +287,7 @@ def test_training_starts_at_the_loss_of_the_loaded_weights(world: World, tmp_pat
     keys = ("model.module_agg=stack", f"checkpoint.init_ckpt_path={source}")
     second = trainer(world, tmp_path / "second", lines, *keys)
     second.resume(0)
-    assert not second.optimizer.state, "only the model is loaded"
+    assert not second.optimizers.parts[0].state, "only the model is loaded"
     second.run(rows(), 2)
     assert lines[0]["loss/out"] == pytest.approx(expected, rel=1e-6)
     assert lines[0]["loss/out"] < first[0]["loss/out"] - 0.1

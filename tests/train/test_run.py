@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modular_lm.config import TrainConfig, load_config
-from modular_lm.errors import DataError
+from modular_lm.errors import ConfigError, DataError
 from modular_lm.train.checkpoint import portable_config
 from modular_lm.train.inventory import COMPLETE, step_folder
 from modular_lm.train.run import Run, open_run, resolve_config
@@ -73,3 +73,16 @@ def test_steps_are_counted_again_by_one_attempt_only(config: TrainConfig) -> Non
         attempt(opened(config))
     again = [e["steps_again"] for e in run.folder.events() if e["event"] == "attempt"]
     assert again == [0, 7, 0]
+
+
+def test_a_multiplier_of_no_parameter_is_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    def with_pattern(pattern: str) -> TrainConfig:
+        optim = dataclasses.replace(config.optim, lr_multipliers={pattern: 0.5})
+        return dataclasses.replace(config, optim=optim)
+
+    resolve_config(with_pattern("layers.1.*"))
+    with pytest.raises(ConfigError, match=r"optim\.lr_multipliers\.layers\.2\.\*=0\.5: matches no"):
+        resolve_config(with_pattern("layers.2.*"))
+    assert not (tmp_path / "run").exists()

@@ -57,11 +57,17 @@ class Recorder:
     def __init__(self, stop_after: int | None = None) -> None:
         self.lines: list[dict[str, Any]] = []
         self.saves: list[int] = []
+        self.trouble: list[tuple[str, dict[str, Any]]] = []
         self._stop_after = stop_after
 
     def callbacks(self) -> Callbacks:
         return Callbacks(
-            self.lines.append, self.lines.append, self._saved, self._stop, lambda _: None
+            self.lines.append,
+            self.lines.append,
+            self._saved,
+            self._stop,
+            lambda _: None,
+            lambda kind, fields: self.trouble.append((kind, fields)),
         )
 
     def _saved(self, saved: dict[str, Any]) -> None:
@@ -148,10 +154,10 @@ def test_a_resumed_run_takes_its_optimizer_settings_from_the_config(
     run(world, tmp_path, stop=4)
     t = trainer(world, tmp_path, Recorder(), "optim.weight_decay=0.7", "optim.beta2=0.5")
     t.resume(4)
-    decays = [group["weight_decay"] for group in t.optimizer.param_groups]
-    assert decays == [0.7, 0.0]
-    assert all(group["betas"] == (0.9, 0.5) for group in t.optimizer.param_groups)
-    assert all(state["step"] == 4 for state in t.optimizer.state.values())
+    (adamw,) = t.optimizers.parts
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.7, 0.0]
+    assert all(group["betas"] == (0.9, 0.5) for group in adamw.param_groups)
+    assert all(state["step"] == 4 for state in adamw.state.values())
 
 
 def test_checkpoints_come_when_due_and_at_the_end(world: World, tmp_path: Path) -> None:
