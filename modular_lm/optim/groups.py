@@ -1,7 +1,7 @@
 """Parameter groups: which optimizer takes a parameter, whether it decays, how fast it learns.
 
-All of it follows from names and shapes, so that it can be worked out anew after a checkpoint was
-loaded, whatever the config was when it was written.
+All of it follows from the config and from names and shapes. Checkpoints do not hold it, so that a
+run may go on with other groups than it began with.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,37 +20,19 @@ class Optimizers:
     """
 
     def __init__(self, groups: list[Group], config: OptimConfig) -> None:
-        muon = [group for group in groups if group.orthogonal]
-        adamw = [group for group in groups if not group.orthogonal]
         self.parts: list[Muon | AdamW] = []
-        self._groups: list[list[Group]] = []
-        for make, mine in ((Muon, muon), (AdamW, adamw)):
-            if mine:
-                parameters = [{"params": group.parameters} for group in mine]
-                self.parts.append(make(parameters))
-                self._groups.append(mine)
-        self._defaults = [dict(part.defaults) for part in self.parts]
-        self.apply_settings(config)
-
-    def apply_settings(self, config: OptimConfig) -> None:
-        """Set what `config` says; to be called again after loading a state, which brings its own.
-
-        That may come from a run with other groups; nothing of their settings remains.
-        """
-        for settings, mine, defaults in self._aligned():
-            settings |= {name: value for name, value in defaults.items() if name != "lr"}
-            settings["weight_decay"] = config.weight_decay if mine.decays else 0.0
-            if mine.orthogonal:
-                settings["momentum"] = config.muon_momentum
-                settings["ns_steps"] = config.muon_ns_steps
-            else:
-                settings["betas"] = (config.beta1, config.beta2)
-                settings["eps"] = config.epsilon
+        muon = [_settings(group, config) for group in groups if group.orthogonal]
+        adamw = [_settings(group, config) for group in groups if not group.orthogonal]
+        if muon:
+            self.parts.append(Muon(muon))
+        if adamw:
+            self.parts.append(AdamW(adamw))
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the next step, in each group times its factor."""
-        for settings, mine, _ in self._aligned():
-            settings["lr"] = lr * mine.factor
+        for part in self.parts:
+            for settings in part.param_groups:
+                settings["lr"] = lr * settings["lr_factor"]
 
     def step(self, found_inf: Tensor | None = None) -> None:
         """Update the weights; not if `found_inf`, a scalar in fp32 on their device, holds 1."""
@@ -67,11 +49,17 @@ class Optimizers:
         """What is kept for a parameter: `exp_avg`, `exp_avg_sq`, `step`, or `momentum_buffer`."""
         return next((p.state[parameter] for p in self.parts if parameter in p.state), {})
 
-    def _aligned(self) -> Iterator[tuple[dict, Group, dict]]:
-        """(settings of a param_group, its group, defaults of its optimizer)"""
-        for part, groups, defaults in zip(self.parts, self._groups, self._defaults, strict=True):
-            for settings, group in zip(part.param_groups, groups, strict=True):
-                yield settings, group, defaults
+
+def _settings(group: Group, config: OptimConfig) -> dict[str, Any]:
+    """The group as PyTorch's optimizers take it."""
+    common = {
+        "params": group.parameters,
+        "lr_factor": group.factor,
+        "weight_decay": config.weight_decay if group.decays else 0.0,
+    }
+    if group.orthogonal:
+        return {**common, "momentum": config.muon_momentum, "ns_steps": config.muon_ns_steps}
+    return {**common, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:

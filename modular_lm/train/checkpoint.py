@@ -70,6 +70,19 @@ class TrainState:
     spikes: int = 0
 
 
+def _state_dict(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Any], Any]:
+    """What is saved of a training: the weights, and by their names what optimizers keep of each.
+
+    Beside it the parameter groups, which are not saved: they follow from the config, and may be
+    others when the run goes on. A collective.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    kept = {"model": model_state, "optimizer": {"state": optimizer_state["state"]}}
+    return kept, optimizer_state["param_groups"]
+
+
 # ------------------------------------------------------------------ writing
 
 
@@ -97,9 +110,9 @@ def save(
             folder.mkdir(parents=True, exist_ok=True)
 
     def write() -> dict[str, dict[str, Any]]:
-        model_state, optimizer_state = get_state_dict(model, optimizers)
+        state_dict, _ = _state_dict(model, optimizers)
         dcp.save(
-            {"model": model_state, "optimizer": optimizer_state},
+            state_dict,
             storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
             process_group=world.control,
         )
@@ -198,14 +211,13 @@ def load(
     world.together(lambda: inventory.verify(folder, world.rank, world.size), failure)
 
     def read() -> TrainState:
-        model_state, optimizer_state = get_state_dict(model, optimizers)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state, groups = _state_dict(model, optimizers)
         dcp.load(state, checkpoint_id=folder, process_group=world.control)
         set_state_dict(
             model,
             optimizers,
             model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict={**state["optimizer"], "param_groups": groups},
         )
         return read_state(folder)
 

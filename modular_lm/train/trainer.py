@@ -112,7 +112,6 @@ class Trainer:
             return
         folder = inventory.step_folder(self.folder.checkpoints, start_step)
         state = checkpoint.load(folder, self.model, self.optimizers.parts, self.world)
-        self.optimizers.apply_settings(self.config.optim)
         if (state.step, state.global_batch_size) != (start_step, self.global_batch_size):
             raise RunFailedError(
                 f"{folder}: holds step {state.step} of {state.global_batch_size} samples a step, "

@@ -133,7 +133,15 @@ def test_micro_batches_also_ragged_ones_change_nothing(
     assert split.losses == pytest.approx(whole.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("extra", [(), ("model.module_seq_len=null",), ("model.module_agg=drop",)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("model.module_seq_len=null",),
+        ("model.module_agg=drop",),
+        ("optim.name=muon", "optim.lr_multipliers={'aggs.*': 0.5}", "optim.scheduler=wsd"),
+    ],
+)
 def test_resumed_equals_uninterrupted_to_the_bit(
     world: World, tmp_path: Path, extra: tuple[str, ...]
 ) -> None:
@@ -158,6 +166,24 @@ def test_a_resumed_run_takes_its_optimizer_settings_from_the_config(
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.7, 0.0]
     assert all(group["betas"] == (0.9, 0.5) for group in adamw.param_groups)
     assert all(state["step"] == 4 for state in adamw.state.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_resumed_run_may_have_other_multipliers_and_so_other_groups(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    run(world, tmp_path, f"optim.name={name}", stop=4)
+    factors = "optim.lr_multipliers={'aggs.*': 0.5, 'layers.0.*': 0, 'norm.weight': 2}"
+    t = trainer(world, tmp_path, Recorder(), f"optim.name={name}", factors)
+    t.resume(4)
+    before = weights(t.model)
+    t.run(rows(4), 5)
+    after = weights(t.model)
+    still = {n for n in before if torch.equal(before[n], after[n])}
+    assert still == {n for n in before if n.startswith("layers.0.")}
+    steps = [s["step"] for part in t.optimizers.parts for s in part.state.values() if "step" in s]
+    assert steps
+    assert {int(step) for step in steps} == {5}
 
 
 def test_checkpoints_come_when_due_and_at_the_end(world: World, tmp_path: Path) -> None:
