@@ -5,6 +5,7 @@ Imports neither torch nor Ray, so that a typo is answered before anything heavy 
 - `schema`: the dataclasses; every key has a type, a default, bounds and one line of help.
 - `load`: dataclass defaults < YAML < command line; unknown keys, wrong types, `--help`.
 - `checks`: conditions that involve several keys; what may change between attempts of a run.
+- `sweep`: the keys of a sweep of training runs.
 - `lingua`: how the keys of a Meta Lingua YAML are read.
 """
 
@@ -20,6 +21,7 @@ from modular_lm.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
+from modular_lm.config.sweep import SweepConfig
 
 __all__ = [
     "ConvertConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "ModulesConfig",
     "OptimConfig",
     "PrepareConfig",
+    "SweepConfig",
     "TokenizerConfig",
     "TrainConfig",
     "format_help",

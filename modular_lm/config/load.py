@@ -46,17 +46,21 @@ def load_config(cls: type[T], args: Sequence[str]) -> tuple[T, dict[str, Any]]:
     if path is not None:
         given = _load_yaml(path)
     for dotted, raw in overrides:
-        _set(given, dotted, _parse_value(cls, dotted, raw))
-    if cls is TrainConfig:
+        set_key(given, dotted, _parse_value(cls, dotted, raw))
+    if issubclass(cls, TrainConfig):
         translate_lingua(given)
     return _build(cls, given, ""), given
 
 
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Build `cls` from a plain nested dict, with the same checks. Raises ConfigError."""
+def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Build `cls` from a plain nested dict, with the same checks. Raises ConfigError.
+
+    path: what stands before its keys in messages, e.g. "data.".
+    """
     if not isinstance(values, dict):
-        raise ConfigError(f"expected a mapping of keys, found a {type(values).__name__}")
-    return _build(cls, values, "")
+        where = f"{path.rstrip('.')}: " if path else ""
+        raise ConfigError(f"{where}expected a mapping of keys, found a {type(values).__name__}")
+    return _build(cls, values, path)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -131,7 +135,8 @@ def _parse_value(cls: type, dotted: str, raw: str) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in a nested dict, making the groups that are missing. Raises ConfigError."""
     *parents, leaf = dotted.split(".")
     for i, parent in enumerate(parents):
         # YAML reads the step in `stages: {8000: ...}` as a number.
@@ -192,6 +197,8 @@ def _unknown(cls: type, path: str, name: str) -> str:
 
 
 def _convert(hint: Any, value: Any, full: str) -> Any:
+    if hint is Any:
+        return value
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -252,6 +259,11 @@ def _check_bounds(value: Any, metadata: Any, full: str) -> None:
 # ------------------------------------------------------------------ looking at the tree
 
 
+def leaf_keys(cls: type) -> set[str]:
+    """The full keys of all values, as opposed to groups, below `cls`."""
+    return {path for path, *_ in _leaves(cls, "")}
+
+
 def _leaves(cls: type, path: str) -> Iterable[tuple[str, Any, Any, Any]]:
     """(full key, type, default, metadata) of every leaf below `cls`."""
     hints = get_type_hints(cls)
@@ -293,6 +305,7 @@ def _type_name(hint: Any) -> str:
     if origin is list:
         return f"[{_type_name(args[0])}, ...]"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names[Any] = "value"
     return "null" if hint is type(None) else names.get(hint, str(hint))
 
 

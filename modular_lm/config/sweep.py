@@ -1,0 +1,238 @@
+"""The configuration of a sweep: every key of a training run, which all trials share, and a group
+`sweep` that says what varies, what a trial may spend and how trials are compared.
+
+What is listed in `params` and `arms` is expanded in `modular_lm.sweep.space`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modular_lm.config.load import from_dict, leaf_keys, set_key
+from modular_lm.config.schema import TrainConfig, key
+from modular_lm.errors import ConfigError
+
+Budget = Literal["tokens", "flops", "wall", "steps"]
+StopRule = Literal["none", "asha", "median"]
+TimeAxis = Literal["tokens", "flops"]
+Searcher = Literal["grid", "random", "optuna"]
+
+DISTRIBUTIONS = ("uniform", "loguniform", "choice")
+# What the sweep itself decides for each trial.
+_OWN = {
+    "name": "trials are named by their values",
+    "dump_dir": "each trial has a folder in the sweep's",
+    "seed": "list the seeds in sweep.seeds",
+    "data.seed": "list the seeds in sweep.seeds",
+    "steps": "they follow from sweep.budget and sweep.amount",
+    "stop_at": "a trial ends where its budget does",
+    "dry_run": "it is the sweep's",
+}
+
+
+@dataclass
+class SweptConfig:
+    """How one key varies: exactly one of the first four."""
+
+    grid: list[Any] | None = key(None, "every one of these values")
+    choice: list[Any] | None = key(None, "one of these values, drawn")
+    uniform: list[float] | None = key(None, "drawn between two numbers")
+    loguniform: list[float] | None = key(None, "drawn between two numbers, its logarithm uniform")
+    when: dict[str, list[Any]] = key({}, "key -> values: only where all of these hold")
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that says how the key varies."""
+        return next(kind for kind in ("grid", *DISTRIBUTIONS) if getattr(self, kind) is not None)
+
+    @property
+    def values(self) -> list[Any]:
+        """The values of grid or choice, the two ends of a range."""
+        return getattr(self, self.kind)
+
+
+@dataclass
+class SweepSettings:
+    base: str | None = key(
+        None, "YAML of a training run whose keys hold where this sweep's file sets none"
+    )
+    params: dict[str, Any] = key(
+        {},
+        "key of a training run -> how it varies: {grid: [...]}, {choice: [...]}, "
+        "{uniform: [a, b]} or {loguniform: [a, b]}; with `when: {key: [...]}` only where these "
+        "hold",
+    )
+    arms: dict[str, dict[str, Any]] = key(
+        {}, "name -> {key: value}: variants by name; each is crossed with params"
+    )
+    seeds: list[int] = key(
+        [0, 1, 2], "each variant is trained with each of these; p-values take at least three"
+    )
+    baseline: str | None = key(
+        None, "the variant that all others are compared with; default: dense, else the first"
+    )
+    budget: Budget = key(
+        "flops", "what is the same for all trials; the number of steps follows from it"
+    )
+    amount: float | None = key(
+        None,
+        "what a trial may spend: tokens, FLOPs, seconds of training, or steps; default: what "
+        "`steps` cost the baseline",
+        gt=0,
+    )
+    iso_parameters: bool = key(
+        False, "set each feed-forward's width so that all variants have the baseline's parameters"
+    )
+    searcher: Searcher = key(
+        "grid", "where drawn values come from: random, optuna; grid: nothing is drawn"
+    )
+    num_samples: int = key(8, "draws of the values that are drawn", ge=1)
+    search_seed: int = key(0, "seed of the draws", ge=0)
+    scheduler: StopRule = key(
+        "none", "stop bad trials early; none for results that are to be published"
+    )
+    time_axis: TimeAxis = key("flops", "what scheduler compares trials at")
+    grace: float = key(0.3, "share of the budget before a trial may be stopped", ge=0.3, le=1)
+    max_concurrent: int | None = key(
+        None, "trials at a time; default: as many as the cluster has room for", ge=1
+    )
+    retries: int = key(1, "times that a failed trial is tried again", ge=0)
+
+
+@dataclass
+class SweepConfig(TrainConfig):
+    """Inherits, because every key of a training run is one of a sweep, in the same place."""
+
+    name: str = key("sweep", "name of the sweep")
+    dump_dir: str | None = key(None, "folder of the sweep; default: runs/<name>")
+    sweep: SweepSettings = key(SweepSettings, "what varies, and how trials are compared")
+
+
+def swept_keys(sweep: SweepSettings) -> dict[str, SweptConfig]:
+    """`params` by the full names of their keys, checked. Raises ConfigError."""
+    kinds = {"grid", "when", *DISTRIBUTIONS}
+    specs = _flat(sweep.params, lambda name, value: not kinds.isdisjoint(value))
+    found = {}
+    for name, spec in specs.items():
+        path = f"sweep.params.{name}"
+        if not isinstance(spec, dict):
+            raise ConfigError(f"{path}={spec}: expected how it varies, e.g. {{grid: [{spec}]}}")
+        swept = from_dict(SweptConfig, spec, f"{path}.")
+        _check_swept(path, swept)
+        for value in swept.values:
+            check_value(name, value, "sweep.params.")
+        _check_kind(path, swept, sweep.searcher)
+        for other in swept.when:
+            if other not in leaf_keys(TrainConfig):
+                check_value(other, None, f"{path}.when.")
+        found[name] = swept
+    return found
+
+
+def named_arms(sweep: SweepSettings) -> dict[str, dict[str, Any]]:
+    """`arms` by the full names of their keys, checked. Raises ConfigError."""
+    leaves = leaf_keys(TrainConfig)
+    found = {}
+    for arm, values in sweep.arms.items():
+        if not arm or not all(c.isalnum() or c in "._+-" for c in arm) or arm[0] in ".-":
+            raise ConfigError(
+                f"sweep.arms.{arm}: expected a name that can be a folder's: letters, digits, ._+-"
+            )
+        found[arm] = _flat(values, lambda name, _: name in leaves)
+        for name, value in found[arm].items():
+            check_value(name, value, f"sweep.arms.{arm}.")
+    return found
+
+
+def check_value(name: str, value: Any, path: str) -> None:
+    """Raise ConfigError, the key named with `path` before it, for what no run would take."""
+    if name in _OWN:
+        raise ConfigError(f"{path}{name}: cannot be swept: {_OWN[name]}")
+    values: dict[str, Any] = {}
+    set_key(values, name, value)
+    from_dict(TrainConfig, values, path)
+
+
+def check_sweep(sweep: SweepSettings) -> None:
+    """Conditions between the keys of the group. Raises ConfigError."""
+    if not sweep.params and not sweep.arms:
+        raise ConfigError(
+            "sweep.params={}: nothing varies; list keys in sweep.params or variants in sweep.arms"
+        )
+    if not sweep.seeds or len(set(sweep.seeds)) != len(sweep.seeds) or min(sweep.seeds) < 0:
+        raise ConfigError(
+            f"sweep.seeds={sweep.seeds}: expected one or more different whole numbers >= 0"
+        )
+    if sweep.amount is not None and not math.isfinite(sweep.amount):
+        raise ConfigError(f"sweep.amount={sweep.amount}: expected a finite number")
+    if sweep.budget == "wall" and sweep.amount is None:
+        raise ConfigError("sweep.amount=null: with sweep.budget=wall, say how many seconds")
+    if sweep.budget == "steps" and sweep.amount is not None and not sweep.amount.is_integer():
+        raise ConfigError(f"sweep.amount={sweep.amount}: expected a whole number of steps")
+
+
+def sweep_warnings(sweep: SweepSettings) -> list[str]:
+    """What is allowed but probably not meant."""
+    found = []
+    if len(sweep.seeds) < 3:
+        found.append(
+            f"sweep.seeds={sweep.seeds}: with fewer than three seeds the report has no p-values"
+        )
+    if sweep.scheduler != "none":
+        found.append(
+            f"sweep.scheduler={sweep.scheduler}: a trial that is stopped early is left out of the "
+            "statistics, and modes that learn to read late look worse than they are; use none for "
+            "results that are to be published"
+        )
+    if sweep.budget == "wall":
+        found.append("sweep.budget=wall: who else uses the machine decides what a trial learns")
+    return found
+
+
+def closest(name: str, names: list[str]) -> str:
+    """ "; did you mean X?", or nothing."""
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _check_swept(path: str, swept: SweptConfig) -> None:
+    given = [kind for kind in ("grid", *DISTRIBUTIONS) if getattr(swept, kind) is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{path}: expected exactly one of grid, {', '.join(DISTRIBUTIONS)}, found "
+            f"{' and '.join(given) or 'none'}"
+        )
+    kind, values = given[0], swept.values
+    if not values:
+        raise ConfigError(f"{path}.{kind}=[]: expected at least one value")
+    if kind.endswith("uniform") and not (len(values) == 2 and values[0] < values[1]):
+        raise ConfigError(f"{path}.{kind}={values}: expected two numbers, the smaller one first")
+    if kind == "loguniform" and values[0] <= 0:
+        raise ConfigError(f"{path}.{kind}={values}: expected numbers > 0")
+
+
+def _check_kind(path: str, swept: SweptConfig, searcher: str) -> None:
+    if searcher == "grid" and swept.kind != "grid":
+        raise ConfigError(
+            f"{path}.{swept.kind}: is drawn, and sweep.searcher=grid draws nothing; use grid, or "
+            "sweep.searcher=random"
+        )
+
+
+def _flat(values: dict[str, Any], is_leaf: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested or dotted keys as dotted ones, down to what `is_leaf(name, value)` calls a value.
+
+    The command line nests (`sweep.params.optim.lr=`), files mostly don't; of a repeated key the
+    last holds.
+    """
+    found: dict[str, Any] = {}
+    for part, value in values.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, dict) and not is_leaf(name, value):
+            found |= _flat(value, is_leaf, f"{name}.")
+        else:
+            found[name] = value
+    return found

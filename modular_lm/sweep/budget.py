@@ -1,0 +1,116 @@
+"""What a trial costs, and how many steps a budget allows: arithmetic over resolved configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modular_lm.config.checks import global_batch_size, resolve_model
+from modular_lm.config.schema import ModelConfig, TrainConfig
+from modular_lm.config.sweep import Budget
+from modular_lm.errors import ConfigError
+from modular_lm.model.flops import flops_per_token, parameters, state_elements
+from modular_lm.model.sizes import sizes_of
+
+TOLERANCE = 0.01
+"""Trials that are to spend the same may differ by so much, for steps are whole numbers."""
+
+# Feed-forward widths that iso_parameters chooses among are multiples of this.
+_WIDTH = 8
+_ITEM_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a training run with a resolved config.
+
+    flops_per_token: of training, by `model.flops`, without validation
+    cache_bytes_per_token: state of decoding a sequence of seq_len tokens, at its fullest, over
+    seq_len, in the layers' compute type
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    parameters: int
+    ffn_dim: int
+    cache_bytes_per_token: float
+
+    @property
+    def flops_per_step(self) -> float:
+        return self.tokens_per_step * self.flops_per_token
+
+
+def cost_of(config: TrainConfig) -> Cost:
+    """The cost of a resolved config."""
+    model, seq_len = config.model, config.data.seq_len
+    state = state_elements(model, seq_len) * _ITEM_BYTES[config.distributed.model_dtype]
+    return Cost(
+        tokens_per_step=global_batch_size(config, config.ray.num_workers) * seq_len,
+        flops_per_token=flops_per_token(model, seq_len),
+        parameters=parameters(model).total,
+        ffn_dim=sizes_of(model).ffn_dim,
+        cache_bytes_per_token=state / seq_len,
+    )
+
+
+def unit_per_step(budget: Budget, cost: Cost, seconds_per_step: float | None = None) -> float:
+    """How much of the budget one step spends. seconds_per_step: as measured, for `wall`."""
+    if budget == "tokens":
+        return cost.tokens_per_step
+    if budget == "flops":
+        return cost.flops_per_step
+    if budget == "steps":
+        return 1
+    if seconds_per_step is None:
+        raise ValueError("a budget of seconds needs a measured speed")
+    return seconds_per_step
+
+
+def steps_within(amount: float, per_step: float) -> int:
+    """The number of steps, at least one, that comes nearest to the amount."""
+    return max(1, round(amount / per_step))
+
+
+def check_spread(spent: Mapping[str, float], budget: Budget) -> None:
+    """Raise ConfigError where whole steps bring trials too far from each other.
+
+    spent: by name, in the unit of the budget.
+    """
+    least, most = min(spent, key=spent.__getitem__), max(spent, key=spent.__getitem__)
+    spread = spent[most] / spent[least] - 1
+    if spread > TOLERANCE:
+        raise ConfigError(
+            f"sweep.amount: whole steps let {most} spend {spent[most]:.4g} {budget} and {least} "
+            f"{spent[least]:.4g}, {spread:.1%} apart; allowed are {TOLERANCE:.0%}: choose a larger "
+            "amount, or smaller steps (data.batch_size, grad_acc_steps)"
+        )
+
+
+def match_parameters(config: TrainConfig, wanted: int, vocab_size: int) -> dict[str, Any]:
+    """Keys of the model that bring its parameters nearest to `wanted`: its feed-forward width.
+
+    {} where they agree already. config: not resolved. Raises ConfigError where no width comes
+    within the tolerance.
+    """
+
+    def resolved(model: ModelConfig) -> ModelConfig:
+        return resolve_model(model, config.data.seq_len, vocab_size)
+
+    now = resolved(config.model)
+    if parameters(now).total == wanted:
+        return {}
+    sizes = sizes_of(now)
+    columns = 1 + len(now.module_names)
+    per_unit = 3 * sizes.dim * sizes.n_layers * columns  # parameters per unit of width
+    width = sizes.ffn_dim + (wanted - parameters(now).total) / per_unit
+    width = max(_WIDTH, round(width / _WIDTH) * _WIDTH)
+    keys = {"ffn_dim_multiplier": width / int(8 * sizes.dim / 3), "multiple_of": _WIDTH}
+    found = parameters(resolved(dataclasses.replace(config.model, **keys))).total
+    if abs(found / wanted - 1) > TOLERANCE:
+        raise ConfigError(
+            f"sweep.iso_parameters: a feed-forward of {width} makes {found:,} parameters, the "
+            f"baseline has {wanted:,}; bring the sizes nearer together"
+        )
+    return {f"model.{key}": value for key, value in keys.items()}

@@ -1,0 +1,274 @@
+"""The trials of a sweep: each variant with each seed, with its configuration, cost and steps.
+
+Trials with the same seed are paired: they see the same samples in the same order, and their trunks
+begin with the same weights (both follow from the seed and from names, not from the variant), for as
+many steps as both have. A variant that no run can take (an odd head, say) is kept, with the reason,
+so that it fails alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modular_lm.config.checks import dump_dir_of, resolve
+from modular_lm.config.load import (
+    from_dict,
+    leaf_keys,
+    load_config,
+    set_key,
+    to_dict,
+    to_yaml,
+)
+from modular_lm.config.schema import TokenizerConfig, TokenizerName, TrainConfig
+from modular_lm.config.sweep import (
+    SweepConfig,
+    SweepSettings,
+    check_sweep,
+    closest,
+    named_arms,
+)
+from modular_lm.errors import ConfigError
+from modular_lm.sweep.budget import (
+    Cost,
+    check_spread,
+    cost_of,
+    match_parameters,
+    steps_within,
+    unit_per_step,
+)
+from modular_lm.sweep.space import Variant, variants_of
+from modular_lm.tokenizer import build_tokenizer
+
+_BASELINE = "dense"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A variant and what it takes.
+
+    keys: all that distinguishes its runs from the base's, `values` and what iso_parameters adds
+    config: resolved, with the base's seed and steps; None where it cannot run: `why` says so
+    steps: None while the speed that a budget of seconds needs is not measured, or without config
+    """
+
+    name: str
+    values: dict[str, Any]
+    keys: dict[str, Any]
+    config: TrainConfig | None
+    steps: int | None = None
+    why: str | None = None
+
+    @property
+    def cost(self) -> Cost | None:
+        return None if self.config is None else cost_of(self.config)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run. given: what a training job would be given, with name, folder, steps."""
+
+    name: str
+    arm: Arm
+    seed: int
+    given: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep before it starts. amount: what each trial may spend, in units of the budget.
+
+    base: the values that the trials share, nested; arms are in the definition's order. With
+    searcher=optuna there are only the arms that have names, the others come as they are suggested.
+    """
+
+    settings: SweepSettings
+    folder: Path
+    base: dict[str, Any]
+    baseline: str
+    amount: float
+    arms: list[Arm]
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Seed by seed, so that every variant has its first result early."""
+        return [self.trial(arm, seed) for seed in self.settings.seeds for arm in self.arms]
+
+    def trial(self, arm: Arm, seed: int) -> Trial:
+        """The run of an arm with a seed."""
+        name = f"{arm.name}__seed-{seed}"
+        given = copy.deepcopy(self.base)
+        own = {"name": name, "dump_dir": str(self.folder / "trials" / name), "seed": seed}
+        if arm.steps is not None:
+            own["steps"] = arm.steps
+        for key, value in {**arm.keys, **own}.items():
+            set_key(given, key, copy.deepcopy(value))
+        return Trial(name, arm, seed, given)
+
+
+def plan_sweep(
+    config: SweepConfig, given: Mapping[str, Any], seconds: Mapping[str, float] | None = None
+) -> Plan:
+    """Expand and check a sweep; writes nothing. Raises ConfigError.
+
+    given: as `load_config` returns it. seconds: per step, by arm, as measured, for budget=wall.
+    """
+    settings = config.sweep
+    check_sweep(settings)
+    base = base_values(config, given)
+    # What all share must be right by itself but for what varies, so it is not resolved here.
+    from_dict(TrainConfig, base)
+    variants = _known_variants(settings, base)
+    baseline = _baseline(settings, variants)
+    arms = _distinct([_arm(base, each) for each in variants], settings, baseline)
+    first = next(arm for arm in arms if arm.name == baseline)
+    if first.cost is None:
+        raise ConfigError(f"sweep.baseline={baseline}: cannot be trained: {first.why}")
+    if settings.iso_parameters:
+        arms = [_matched(base, arm, first) for arm in arms]
+    amount = settings.amount or _default_amount(settings, base, first.cost)
+    arms = [_with_steps(arm, settings, amount, seconds) for arm in arms]
+    if settings.budget in ("tokens", "flops"):
+        spent = {
+            arm.name: arm.steps * unit_per_step(settings.budget, arm.cost)
+            for arm in arms
+            if arm.steps and arm.cost
+        }
+        check_spread(spent, settings.budget)
+    folder = Path(dump_dir_of(config)).expanduser().absolute()
+    return Plan(settings, folder, base, baseline, amount, arms)
+
+
+def suggested_arm(plan: Plan, each: Variant) -> Arm:
+    """The arm of a variant that a searcher suggests during the sweep."""
+    arm = _arm(plan.base, each)
+    if plan.settings.iso_parameters:
+        first = next(a for a in plan.arms if a.name == plan.baseline)
+        arm = _matched(plan.base, arm, first)
+    return _with_steps(arm, plan.settings, plan.amount, None)
+
+
+def base_values(config: SweepConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trials share: the file of `sweep.base`, then what the sweep itself is given."""
+    values: dict[str, Any] = {}
+    if config.sweep.base is not None:
+        try:
+            values = load_config(TrainConfig, [f"config={config.sweep.base}"])[1]
+        except ConfigError as error:
+            raise ConfigError(f"sweep.base: {error}") from error
+    _merge(values, {k: v for k, v in given.items() if k not in ("sweep", "name", "dump_dir")})
+    for key in ("name", "dump_dir", "dry_run", "stop_at"):
+        values.pop(key, None)
+    return values
+
+
+def _known_variants(settings: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
+    if settings.searcher != "optuna":
+        return variants_of(settings, base)
+    arms = named_arms(settings)
+    if not arms:
+        raise ConfigError(
+            "sweep.arms={}: with sweep.searcher=optuna name a baseline to compare with, e.g. "
+            "sweep.arms.base={}"
+        )
+    return [Variant(name, values) for name, values in arms.items()]
+
+
+def _baseline(settings: SweepSettings, variants: list[Variant]) -> str:
+    names = [each.name for each in variants]
+    if settings.baseline is None:
+        return _BASELINE if _BASELINE in names else names[0]
+    if settings.baseline not in names:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        hint = closest(settings.baseline, names)
+        raise ConfigError(
+            f"sweep.baseline={settings.baseline}: no variant has this name{hint} (they are {shown})"
+        )
+    return settings.baseline
+
+
+def _arm(base: Mapping[str, Any], each: Variant) -> Arm:
+    try:
+        config = _config(base, each.values)
+        resolved = resolve(config, _n_words(config))
+    except ConfigError as error:
+        return Arm(each.name, each.values, each.values, None, why=str(error))
+    return Arm(each.name, each.values, each.values, resolved)
+
+
+def _matched(base: Mapping[str, Any], arm: Arm, baseline: Arm) -> Arm:
+    """With the keys that give it the baseline's parameters."""
+    if arm.config is None or baseline.cost is None:
+        return arm
+    config = _config(base, arm.values)
+    wanted, n_words = baseline.cost.parameters, _n_words(config)
+    try:
+        keys = {**arm.values, **match_parameters(config, wanted, n_words)}
+        return replace(arm, keys=keys, config=resolve(_config(base, keys), n_words))
+    except ConfigError as error:
+        return replace(arm, config=None, why=str(error))
+
+
+def _with_steps(
+    arm: Arm, settings: SweepSettings, amount: float, seconds: Mapping[str, float] | None
+) -> Arm:
+    if arm.cost is None:
+        return arm
+    measured = (seconds or {}).get(arm.name)
+    if settings.budget == "wall" and measured is None:
+        return arm
+    per_step = unit_per_step(settings.budget, arm.cost, measured)
+    return replace(arm, steps=steps_within(amount, per_step))
+
+
+def _default_amount(settings: SweepSettings, base: Mapping[str, Any], cost: Cost) -> float:
+    return from_dict(TrainConfig, dict(base)).steps * unit_per_step(settings.budget, cost)
+
+
+def _distinct(arms: list[Arm], settings: SweepSettings, baseline: str) -> list[Arm]:
+    """Without those that train the same by another name, e.g. module_agg mean and avg.
+
+    Raises ConfigError where it is the names that were asked for.
+    """
+    first: dict[str, Arm] = {}
+    # Of two that are the same the baseline stays.
+    for arm in sorted(arms, key=lambda arm: arm.name != baseline):
+        same = to_yaml(to_dict(arm.config)) if arm.config else arm.name
+        if same in first and not settings.params:
+            raise ConfigError(
+                f"sweep.arms.{arm.name}: trains the same as sweep.arms.{first[same].name}"
+            )
+        first.setdefault(same, arm)
+    kept = {arm.name for arm in first.values()}
+    return [arm for arm in arms if arm.name in kept]
+
+
+def _config(base: Mapping[str, Any], keys: Mapping[str, Any]) -> TrainConfig:
+    values = copy.deepcopy(dict(base))
+    for key, value in keys.items():
+        set_key(values, key, copy.deepcopy(value))
+    return from_dict(TrainConfig, values)
+
+
+def _n_words(config: TrainConfig) -> int:
+    return _words(config.data.tokenizer.name, config.data.tokenizer.path)
+
+
+@functools.lru_cache
+def _words(name: TokenizerName, path: str | None) -> int:
+    return build_tokenizer(TokenizerConfig(name, path)).n_words
+
+
+def _merge(values: dict[str, Any], over: Mapping[str, Any], prefix: str = "") -> None:
+    """Set what `over` sets; a group is merged key by key, a value replaced."""
+    for name, value in over.items():
+        full = f"{prefix}{name}"
+        is_group = isinstance(value, dict) and full not in leaf_keys(TrainConfig)
+        if is_group and isinstance(values.get(name), dict):
+            _merge(values[name], value, f"{full}.")
+        else:
+            values[name] = copy.deepcopy(value)
