@@ -21,7 +21,7 @@ from modular_lm.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from modular_lm.config.sweep import SweepConfig
+from modular_lm.config.sweep import ReportConfig, SweepConfig
 
 __all__ = [
     "ConvertConfig",
@@ -31,6 +31,7 @@ __all__ = [
     "ModulesConfig",
     "OptimConfig",
     "PrepareConfig",
+    "ReportConfig",
     "SweepConfig",
     "TokenizerConfig",
     "TrainConfig",

@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from modular_lm.config.keys import key
 from modular_lm.config.load import from_dict, leaf_keys, set_key
-from modular_lm.config.schema import TrainConfig, key
+from modular_lm.config.schema import TrainConfig
 from modular_lm.errors import ConfigError
 
 Budget = Literal["tokens", "flops", "wall", "steps"]
@@ -109,6 +110,11 @@ class SweepConfig(TrainConfig):
     name: str = key("sweep", "name of the sweep")
     dump_dir: str | None = key(None, "folder of the sweep; default: runs/<name>")
     sweep: SweepSettings = key(SweepSettings, "what varies, and how trials are compared")
+
+
+@dataclass
+class ReportConfig:
+    dir: str = key("", "the sweep's folder; required")
 
 
 def swept_keys(sweep: SweepSettings) -> dict[str, SweptConfig]:

@@ -1,7 +1,8 @@
 """Validation: the loss of held-out documents, per source, weighted by tokens over all ranks.
 
 One document per row, right-padded, cut at seq_len, so that chunks begin where documents do and
-the score does not depend on the batch. Where a document's tokens are hard is in `positions`.
+the score does not depend on the batch. Where a document's tokens are hard is in `positions`, how
+hard each document is in `documents`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from modular_lm.data.reader import SourceReader
+from modular_lm.eval.documents import DocumentScores
 from modular_lm.eval.positions import ChunkCurves, LossSums, fold
 from modular_lm.model.lm import IGNORE, LanguageModel
 from modular_lm.parallel import World
@@ -35,22 +37,24 @@ class Scores:
 
     metrics: `validation/<source>/<name>`, name being nll, ppl, bpb, avg_seqlen and those of
     `ChunkCurves.metrics`; curves: by source, empty where a document is one chunk. The source `all`
-    stands for all of them together, where there are several.
+    stands for all of them together, where there are several. documents: by source, without `all`.
     """
 
     metrics: dict[str, float]
     curves: dict[str, ChunkCurves]
+    documents: dict[str, DocumentScores]
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of the documents of a source: losses by position, UTF-8 bytes scored, documents."""
+    """Of some documents: losses by position, UTF-8 bytes scored, summed nll of each [D]."""
 
     losses: LossSums
     n_bytes: float
-    documents: float
+    documents: list[float]
 
     def __add__(self, other: _Sums) -> _Sums:
+        """Of the documents of both."""
         return _Sums(
             self.losses + other.losses,
             self.n_bytes + other.n_bytes,
@@ -98,6 +102,10 @@ class Validation:
         for name, documents in self._documents.items():
             sums[name] = _over_ranks(self._score_share(model, world, documents), world)
         model.train(was_training)
+        documents = {
+            name: DocumentScores(sums[name].documents, [len(d) - 1 for d in found])
+            for name, found in self._documents.items()
+        }
         if len(sums) > 1:
             sums["all"] = reduce(add, sums.values())
         curves = {}
@@ -107,18 +115,19 @@ class Validation:
         for name, each in sums.items():
             found = _metrics(each) | (curves[name].metrics() if name in curves else {})
             metrics |= {f"validation/{name}/{key}": value for key, value in found.items()}
-        return Scores(metrics, curves)
+        return Scores(metrics, curves, documents)
 
     @torch.no_grad()
     def _score_share(
         self, model: LanguageModel, world: World, documents: Sequence[Document]
     ) -> _Sums:
-        """Sums over this rank's share of `documents`."""
+        """Sums over this rank's share of `documents`; 0 for each document of another rank."""
         # The ranks gather sharded weights together: each makes the same number of passes, of the
         # same width (which decides how many chunks there are), where need be with empty rows.
         together = world.size * self._batch_size
         losses = LossSums.zeros(self._seq_len)
-        n_bytes = n_documents = 0
+        by_document = torch.zeros(len(documents), dtype=torch.float64)
+        n_bytes = 0
         for first in range(0, len(documents), together):
             everyone = documents[first : first + together]
             mine = everyone[world.rank :: world.size]
@@ -127,19 +136,21 @@ class Validation:
             inputs, targets = pad(mine, width)
             nll = model(inputs.to(world.device), targets.to(world.device))
             losses.accumulate(nll, targets != IGNORE)
+            sums = nll.double().cpu().where(targets != IGNORE, 0.0).sum(1)
+            by_document[first + world.rank : first + together : world.size] = sums[: len(mine)]
             n_bytes += sum(text_bytes(self._tokenizer, d[None]) for d in mine)
-            n_documents += len(mine)
-        return _Sums(losses, n_bytes, n_documents)
+        return _Sums(losses, n_bytes, by_document.tolist())
 
 
 def _over_ranks(share: _Sums, world: World) -> _Sums:
     """The sums of all ranks' shares. A collective."""
     losses = share.losses
-    n_bytes, documents, *flat = world.sum(
-        share.n_bytes, share.documents, *losses.nll.tolist(), *losses.count.tolist()
+    n_bytes, *flat = world.sum(
+        share.n_bytes, *losses.nll.tolist(), *losses.count.tolist(), *share.documents
     )
-    nll, count = torch.tensor(flat, dtype=torch.float64).chunk(2)
-    return _Sums(LossSums(nll, count), n_bytes, documents)
+    width = len(losses.nll)
+    nll, count = torch.tensor(flat[: 2 * width], dtype=torch.float64).chunk(2)
+    return _Sums(LossSums(nll, count), n_bytes, flat[2 * width :])
 
 
 def _metrics(sums: _Sums) -> dict[str, float]:
@@ -149,7 +160,7 @@ def _metrics(sums: _Sums) -> dict[str, float]:
         "nll": mean,
         "ppl": math.exp(min(mean, 700.0)),
         "bpb": bits_per_byte(nll, int(sums.n_bytes)),
-        "avg_seqlen": tokens / sums.documents,
+        "avg_seqlen": tokens / len(sums.documents),
     }
 
 

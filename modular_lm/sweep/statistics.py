@@ -16,7 +16,10 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 FEWEST_FOR_P = 3
-"""Seeds that a p-value takes: with two, one degree of freedom is left, and nothing is ever clear."""
+"""Seeds that a p-value takes: with two, one degree of freedom is left, and nothing is clear."""
+
+# Differences that differ less than this are the same but for rounding.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,9 @@ def _paired_p(mine: Sequence[float], theirs: Sequence[float]) -> float | None:
     if len(mine) < FEWEST_FOR_P:
         return None
     differences = np.subtract(mine, theirs)
-    if np.ptp(differences) == 0:
+    if np.ptp(differences) <= _ROUNDING * np.abs([*mine, *theirs]).max():
         # No spread to compare with: the same result, or one that no test can judge.
-        return 1.0 if differences[0] == 0 else None
+        return 1.0 if not differences.any() else None
     from scipy import stats
 
     return float(stats.ttest_rel(mine, theirs).pvalue)

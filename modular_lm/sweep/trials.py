@@ -120,8 +120,10 @@ def plan_sweep(
     settings = config.sweep
     check_sweep(settings)
     base = base_values(config, given)
-    # What all share must be right by itself but for what varies, so it is not resolved here.
-    from_dict(TrainConfig, base)
+    if from_dict(TrainConfig, base).eval.validation.max_docs == 0:
+        raise ConfigError(
+            "eval.validation.max_docs=0: trials are compared by their validation loss; use more"
+        )
     variants = _known_variants(settings, base)
     baseline = _baseline(settings, variants)
     arms = _distinct([_arm(base, each) for each in variants], settings, baseline)

@@ -122,6 +122,10 @@ class RunFolder:
         """The rows of a step after which the run gave up: `about.json`, `rank_*.npz`."""
         return self.path / "dumps" / f"{step:010d}"
 
+    def documents_file(self, step: int) -> Path:
+        """Validation losses of every document, as `eval.documents` writes them."""
+        return self.evaluation(step) / "documents.json"
+
     def log_file(self, rank: int) -> Path:
         """The log of one rank."""
         return self.logs / f"rank_{rank:05d}.log"

@@ -22,6 +22,7 @@ from modular_lm.config import TrainConfig
 from modular_lm.data.dataset import StepRows, rank_range
 from modular_lm.data.fingerprint import digest
 from modular_lm.errors import RunFailedError, UserFacingError
+from modular_lm.eval.documents import write_documents
 from modular_lm.eval.perplexity import Validation, bits_per_byte, text_bytes
 from modular_lm.eval.positions import write_curves
 from modular_lm.model.columns import begin_column
@@ -200,6 +201,8 @@ class Trainer:
                 if self.world.rank == 0:
                     # Before the line that tells of it.
                     write_curves(self.folder.curves_file(self.step), self.step, scores.curves)
+                    path = self.folder.documents_file(self.step)
+                    write_documents(path, self.step, scores.documents)
             self.callbacks.evaluation({"global_step": self.step, **scores.metrics})
         due = evaluate or _due(self.step, cadence.dump.every)
         if due and not last:

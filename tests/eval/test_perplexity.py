@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from modular_lm.config.checks import resolve_model
 from modular_lm.config.schema import ModelConfig, TokenizerConfig
+from modular_lm.eval.documents import DocumentScores, write_documents
 from modular_lm.eval.perplexity import Scores, Validation, bits_per_byte, pad, text_bytes
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import IGNORE, LanguageModel
@@ -100,6 +102,31 @@ def test_scores_are_those_of_a_plain_loop_over_the_documents(
     assert len(scores) == 4 * 3
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_every_document_has_its_own_loss(
+    world: World, model: LanguageModel, tmp_path: Path, batch_size: int
+) -> None:
+    lengths = {"short": (2, 1, 9, 3, 10), "long": (25, 90)}
+    documents = {name: random_documents(n, BYTES.n_words) for name, n in lengths.items()}
+    folders = {n: write_held_out(tmp_path / n, d, BYTES) for n, d in documents.items()}
+    scores = Validation(folders, BYTES, SEQ_LEN, 100, batch_size).score(model, world)
+    assert scores.documents.keys() == documents.keys()
+    for name, found in scores.documents.items():
+        expected = [plain_losses(model, d) for d in documents[name] if len(d) > 1]
+        assert found.nll == pytest.approx([sum(each) for each in expected], rel=1e-5)
+        assert found.tokens == [len(each) for each in expected]
+        mean = sum(found.nll) / sum(found.tokens)
+        assert mean == pytest.approx(scores.metrics[f"validation/{name}/nll"], rel=1e-9)
+
+
+def test_the_losses_of_documents_as_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "evals" / "0000000007" / "documents.json"
+    write_documents(path, 7, {"web": DocumentScores([1.5, math.nan], [3, 4])})
+    written = json.loads(path.read_text())
+    assert written["step"] == 7
+    assert written["sources"] == {"web": {"nll": [1.5, None], "tokens": [3, 4]}}
+
+
 def test_one_source_has_no_sum_and_only_the_first_documents_count(
     world: World, model: LanguageModel, tmp_path: Path
 ) -> None:
@@ -114,7 +141,7 @@ def test_sources_without_documents_are_left_out(
     world: World, model: LanguageModel, tmp_path: Path
 ) -> None:
     folders = {"dots": write_held_out(tmp_path / "dots", random_documents((1, 1), 256), BYTES)}
-    assert Validation(folders, BYTES, SEQ_LEN, 9, 4, 8).score(model, world) == Scores({}, {})
+    assert Validation(folders, BYTES, SEQ_LEN, 9, 4, 8).score(model, world) == Scores({}, {}, {})
 
 
 def test_scoring_leaves_the_mode_of_the_model_and_builds_no_graph(

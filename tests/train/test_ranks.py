@@ -139,6 +139,18 @@ def test_three_ranks_leave_the_curves_of_one_process(
     assert nll == alone["sources"]["held_out"]["position_in_later_chunks"]["nll"][0]
 
 
+def test_three_ranks_leave_the_losses_of_documents_of_one_process(
+    folder: Path, one: dict[str, Results], three: dict[str, list[Any]]
+) -> None:
+    alone, together = (
+        json.loads(RunFolder(folder / f"ragged_{size}").documents_file(STEPS).read_text())
+        for size in (1, SIZE)
+    )
+    expected, found = (report["sources"]["held_out"] for report in (alone, together))
+    assert found["tokens"] == expected["tokens"]
+    assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+
+
 def test_the_layers_compute_in_the_type_asked_for_with_positions_in_fp32(
     three: dict[str, list[Any]],
 ) -> None:

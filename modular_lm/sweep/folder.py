@@ -1,0 +1,198 @@
+"""What lies in a sweep's folder, and the state of its trials.
+
+    sweep.yaml                resolved definition: all keys of the sweep, its budget, its baseline
+    trials/<trial>/           an ordinary run folder (`tracking.run_folder`), and in it
+        trial.json            what the trial is, and how it stands (below)
+    report.html report.md     written by `report`, again and again
+    report.json pictures/     the same as data, and the report's pictures
+
+`trial.json` holds
+
+    name, arm, seed           of the trial; arm: the name of its variant
+    values                    {full key: value} as swept; keys: with what iso_parameters adds
+    budget, amount            what the trial may spend; steps: what follows from it
+    baseline                  whether the others are compared with its arm
+    tokens_per_step, flops_per_token, parameters, ffn_dim, cache_bytes_per_token
+                              its cost (`budget.Cost`), null where it cannot run
+    given                     the configuration, as a training job is given it
+    status                    pending | running | done | stopped | failed
+    why                       of stopped and failed: the reason, in words
+    attempts                  how often it was started
+
+It is written by the sweep's driver only, as a whole, so that readers find the old or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from modular_lm.config.checks import flatten
+from modular_lm.config.load import to_yaml
+from modular_lm.errors import ConfigError, DataError
+from modular_lm.files import write_text_atomic
+from modular_lm.sweep.trials import Plan, Trial
+from modular_lm.tracking.run_folder import RunFolder
+
+Status = Literal["pending", "running", "done", "stopped", "failed"]
+STATUSES: tuple[str, ...] = get_args(Status)
+
+# What makes two trials of a name the same one, and keys that say only where and how they run.
+_IDENTITY = ("arm", "seed", "values", "keys", "steps", "given")
+_STATE = ("status", "why", "attempts")
+_ANYWHERE = ("dump_dir", "ray", "logging", "checkpoint")
+
+
+class SweepFolder:
+    """Names of everything in a sweep's folder (`dump_dir`), and the state of its trials."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+
+    @property
+    def definition(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    def report(self, kind: Literal["html", "md", "json"]) -> Path:
+        """The report's page, its table, its data."""
+        return self.path / f"report.{kind}"
+
+    def run(self, trial: str) -> RunFolder:
+        """The run folder of a trial."""
+        return RunFolder(self.path / "trials" / trial)
+
+    def trial_file(self, trial: str) -> Path:
+        return self.run(trial).path / "trial.json"
+
+    def begin(self, plan: Plan, definition: Mapping[str, Any]) -> None:
+        """Write the definition, and a `trial.json` for each trial that has none.
+
+        Trials that are there keep their state: the same sweep again goes on, and one with further
+        variants or seeds adds them. Raises ConfigError, before anything is written, where a trial
+        of the same name was something else.
+        """
+        records = [describe(plan, trial) for trial in plan.trials]
+        known = {record["name"]: self.read(record["name"]) for record in records}
+        for record in records:
+            if old := known[record["name"]]:
+                _check_same(self.path, old, record)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.definition, to_yaml(dict(definition)))
+        for record in records:
+            old = known[record["name"]] or record
+            self.write({**record, **{key: old[key] for key in ("status", "why", "attempts")}})
+
+    def add(self, plan: Plan, trial: Trial) -> None:
+        """Write the `trial.json` of a trial that came up during the sweep."""
+        if self.read(trial.name) is None:
+            self.write(describe(plan, trial))
+
+    def update(self, trial: str, status: Status, why: str | None = None) -> None:
+        """Record how a trial stands. `running` counts as one more attempt."""
+        record = self.read(trial)
+        if record is None:
+            raise ValueError(f"{self.trial_file(trial)}: no such trial")
+        attempts = record["attempts"] + (status == "running")
+        self.write({**record, "status": status, "why": why, "attempts": attempts})
+
+    def read(self, trial: str) -> dict[str, Any] | None:
+        """The `trial.json` of a trial, None without one. Raises DataError for an unreadable one."""
+        file = self.trial_file(trial)
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DataError(f"{file}: expected JSON: {error}; remove the trial's folder") from error
+        missing = [key for key in (*_IDENTITY, "name", "status", "why") if key not in record]
+        if missing or record["status"] not in STATUSES:
+            raise DataError(f"{file}: expected a trial's state, and {missing or 'status'} is not")
+        return record
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Replace the `trial.json` that `record` is to be."""
+        file = self.trial_file(record["name"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    def trials(self) -> list[dict[str, Any]]:
+        """The `trial.json` of every trial: by arm as the definition lists them, then by seed."""
+        folders = sorted(self.path.glob("trials/*/trial.json"))
+        records = [record for file in folders if (record := self.read(file.parent.name))]
+        return sorted(records, key=lambda r: (r.get("order", 0), r["arm"], r["seed"]))
+
+    def read_definition(self) -> dict[str, Any]:
+        """Raises DataError where no sweep is."""
+        try:
+            definition = yaml.safe_load(self.definition.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"dir={self.path}: expected the folder of a sweep, with sweep.yaml in it"
+            ) from None
+        except yaml.YAMLError as error:
+            raise DataError(f"{self.definition}: not a readable YAML file: {error}") from error
+        if not isinstance(definition, dict):
+            raise DataError(f"{self.definition}: expected a mapping of keys")
+        return definition
+
+
+def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
+    """The `trial.json` of a trial that has not begun, or never can."""
+    arm = trial.arm
+    names = [each.name for each in plan.arms]
+    cost = dataclasses.asdict(arm.cost) if arm.cost else {}
+    return {
+        "name": trial.name,
+        "arm": arm.name,
+        "order": names.index(arm.name) if arm.name in names else len(names),
+        "seed": trial.seed,
+        "values": arm.values,
+        "keys": arm.keys,
+        "budget": plan.settings.budget,
+        "amount": plan.amount,
+        "steps": arm.steps,
+        "baseline": arm.name == plan.baseline,
+        **cost,
+        "given": trial.given,
+        "status": "failed" if arm.why else "pending",
+        "why": arm.why,
+        "attempts": 0,
+    }
+
+
+def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    before, after = _identity(old), _identity(new)
+    changed = [
+        key
+        for key in _IDENTITY
+        if before[key] != after[key] and (key, before[key]) != ("steps", None)
+    ]
+    if changed:
+        raise ConfigError(
+            f"dump_dir={folder}: its trial {old['name']} was begun with other {changed[0]}: "
+            f"{_first_difference(before[changed[0]], after[changed[0]])}; a sweep can get further "
+            "variants and seeds, but what it has cannot change: use another dump_dir (or name)"
+        )
+
+
+def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    # By way of JSON: what is written, and what it is read back as, are the same.
+    record = json.loads(json.dumps(record))
+    given = {k: v for k, v in record["given"].items() if k not in (*_ANYWHERE, "steps")}
+    return {**{key: record[key] for key in _IDENTITY}, "given": flatten(given)}
+
+
+def _first_difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(k for k in (*old, *new) if old.get(k, "not set") != new.get(k, "not set"))
+        return f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
+    return f"{old} -> {new}"

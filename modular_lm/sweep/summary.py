@@ -1,0 +1,234 @@
+"""A sweep as one table of arms and their curves: plain data, which `report.json` holds.
+
+Only trials that are done count. `report.json`:
+
+    format, name, created_at, budget, amount, seeds, baseline, scheduler, iso_parameters, confidence
+    flops_spread     how much the most expensive trial spent above the cheapest one, as a share
+    arms             in the definition's order, each with
+        name, values, baseline, trials, done, steps, tokens, flops, model
+        nll, bpb         {mean, low, high, n, by_seed}: validation, nats per token, bits per byte
+        difference       {mean, low, high, n, p, p_holm}: nll less the baseline's, by seed
+        documents        seed -> {mean, low, high, n}: the same within a seed, over documents
+        tokens_per_second, memory_mib, memory_kind
+        flops_per_token, parameters, ffn_dim, cache_bytes_per_token
+        pareto           whether no other arm has both a lower loss and a smaller cache
+    excluded         {trial, arm, seed, status, why} of all others
+    curves           {what, arms: name -> {step, tokens, flops, seconds, mean, low, high}}
+
+`low` and `high` are ends of 95 % confidence intervals, null with one seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from modular_lm.sweep.folder import SweepFolder
+from modular_lm.sweep.results import Lines, TrialResult, read_results
+from modular_lm.sweep.statistics import (
+    CONFIDENCE,
+    Interval,
+    bootstrap_difference,
+    holm,
+    mean_interval,
+    paired,
+)
+
+FORMAT = 1
+_FEWEST_POINTS = 3  # validations that make a curve; with fewer the training loss is drawn
+_MOST_POINTS = 60
+_COSTS = ("flops_per_token", "parameters", "ffn_dim", "cache_bytes_per_token")
+_MODEL = (
+    "dim",
+    "n_layers",
+    "module_agg",
+    "module_seq_len",
+    "module_n_summary",
+    "module_lookback",
+    "sliding_window",
+    "seq_len",
+)
+
+
+def summarise(folder: SweepFolder) -> dict[str, Any]:
+    """The sweep as it stands now. Raises DataError where there is none."""
+    definition = folder.read_definition()
+    results = read_results(folder)
+    by_arm: dict[str, list[TrialResult]] = {}
+    for each in results:
+        by_arm.setdefault(each.arm, []).append(each)
+    settings = definition["sweep"]
+    baseline = next((each.arm for each in results if each.record["baseline"]), None)
+    arms = [_arm(name, trials, by_arm.get(baseline or "", [])) for name, trials in by_arm.items()]
+    _adjust(arms)
+    _mark_pareto(arms)
+    spent = [arm["flops"] for arm in arms if arm["done"] and arm["flops"]]
+    return {
+        "format": FORMAT,
+        "name": definition["name"],
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "budget": settings["budget"],
+        "amount": results[0].record["amount"] if results else settings["amount"],
+        "seeds": settings["seeds"],
+        "baseline": baseline,
+        "scheduler": settings["scheduler"],
+        "iso_parameters": settings["iso_parameters"],
+        "confidence": CONFIDENCE,
+        "flops_spread": max(spent) / min(spent) - 1 if spent else None,
+        "arms": arms,
+        "excluded": [
+            {
+                "trial": each.name,
+                "arm": each.arm,
+                "seed": each.seed,
+                "status": each.record["status"],
+                "why": each.excluded,
+            }
+            for each in results
+            if each.excluded
+        ],
+        "curves": _curves(by_arm),
+    }
+
+
+# ------------------------------------------------------------------ one arm
+
+
+def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
+    done = [each for each in trials if each.nll is not None]
+    record = trials[0].record
+    steps, per_step = record["steps"], record.get("tokens_per_step")
+    tokens = steps * per_step if steps and per_step else None
+    speeds = [each.tokens_per_second for each in done if each.tokens_per_second]
+    memory = [each.memory_mib for each in done if each.memory_mib]
+    model = next((each.model for each in trials if each.model), {})
+    return {
+        "name": name,
+        "values": record["values"],
+        "baseline": record["baseline"],
+        "trials": len(trials),
+        "done": len(done),
+        "steps": steps,
+        "tokens": tokens,
+        "flops": tokens * record["flops_per_token"] if tokens else None,
+        "model": {key: model.get(key) for key in _MODEL} if model else {},
+        "nll": _over_seeds({each.seed: each.nll for each in done}),
+        "bpb": _over_seeds({each.seed: each.bpb for each in done}),
+        "difference": None if record["baseline"] else _difference(done, baseline),
+        "documents": {} if record["baseline"] else _over_documents(done, baseline),
+        "tokens_per_second": float(np.mean(speeds)) if speeds else None,
+        "memory_mib": max(memory, default=None),
+        "memory_kind": next((each.memory_kind for each in done), None),
+        **{key: record.get(key) for key in _COSTS},
+    }
+
+
+def _over_seeds(by_seed: dict[int, float | None]) -> dict[str, Any] | None:
+    known = {seed: value for seed, value in by_seed.items() if value is not None}
+    if not known:
+        return None
+    found = dataclasses.asdict(mean_interval(list(known.values())))
+    return {**found, "by_seed": {str(seed): value for seed, value in known.items()}}
+
+
+def _difference(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any] | None:
+    mine, theirs = (
+        {each.seed: each.nll for each in trials if each.nll is not None}
+        for trials in (done, baseline)
+    )
+    found = paired(mine, theirs)
+    if found is None:
+        return None
+    return {**dataclasses.asdict(found.difference), "p": found.p, "p_holm": None}
+
+
+def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
+    """Within each seed that both have, where both scored the same documents."""
+    theirs = {each.seed: each.documents for each in baseline if each.documents}
+    found = {}
+    for each in done:
+        other = theirs.get(each.seed)
+        if each.documents and other and each.documents.keys() == other.keys():
+            names = sorted(other)
+            mine, base = ([documents[n] for n in names] for documents in (each.documents, other))
+            tokens, base_tokens = (np.concatenate([t for _, t in d]) for d in (mine, base))
+            if np.array_equal(tokens, base_tokens):
+                nll, base_nll = (np.concatenate([x for x, _ in d]) for d in (mine, base))
+                interval = bootstrap_difference(nll, base_nll, tokens)
+                found[str(each.seed)] = dataclasses.asdict(interval)
+    return found
+
+
+# ------------------------------------------------------------------ all arms
+
+
+def _adjust(arms: Sequence[dict[str, Any]]) -> None:
+    """Fill in p_holm, over all comparisons that have a p-value."""
+    tested = [arm["difference"] for arm in arms if arm["difference"]]
+    tested = [difference for difference in tested if difference["p"] is not None]
+    adjusted = holm([difference["p"] for difference in tested])
+    for difference, p in zip(tested, adjusted, strict=True):
+        difference["p_holm"] = p
+
+
+def _mark_pareto(arms: Sequence[dict[str, Any]]) -> None:
+    points = {
+        arm["name"]: (arm["nll"]["mean"], arm["cache_bytes_per_token"])
+        for arm in arms
+        if arm["nll"] and arm["cache_bytes_per_token"] is not None
+    }
+    for arm in arms:
+        mine = points.get(arm["name"])
+        arm["pareto"] = mine is not None and not any(
+            other[0] <= mine[0] and other[1] <= mine[1] and other != mine
+            for other in points.values()
+        )
+
+
+def _curves(by_arm: dict[str, list[TrialResult]]) -> dict[str, Any]:
+    """The validation loss where all were validated often enough, else the training loss."""
+    done = {arm: [t for t in trials if t.nll is not None] for arm, trials in by_arm.items()}
+    done = {arm: trials for arm, trials in done.items() if trials}
+    validated = all(
+        t.validation.steps.size >= _FEWEST_POINTS for trials in done.values() for t in trials
+    )
+    what = "validation loss" if validated else "training loss"
+    arms = {}
+    for arm, trials in done.items():
+        columns = [t.validation if validated else t.training for t in trials]
+        arms[arm] = _curve(columns, trials)
+    return {"what": what, "arms": {arm: curve for arm, curve in arms.items() if curve["step"]}}
+
+
+def _curve(columns: list[Lines], trials: list[TrialResult]) -> dict[str, list[Any]]:
+    """Mean and interval over the trials, which are seeds of an arm, at the steps that all have."""
+    steps = columns[0].steps
+    for column in columns[1:]:
+        steps = np.intersect1d(steps, column.steps)
+    values = np.array([c.values[np.isin(c.steps, steps)] for c in columns])  # [seeds, N]
+    groups = np.array_split(np.arange(steps.size), min(_MOST_POINTS, max(steps.size, 1)))
+    groups = [group for group in groups if group.size]
+    points: list[Interval] = [mean_interval(values[:, g].mean(1).tolist()) for g in groups]
+    at = np.array([steps[group].mean() for group in groups])
+    seconds = np.mean([_at(trial.seconds, at) for trial in trials], axis=0)
+    record = trials[0].record
+    tokens = at * record["tokens_per_step"]
+    return {
+        "step": at.tolist(),
+        "tokens": tokens.tolist(),
+        "flops": (tokens * record["flops_per_token"]).tolist(),
+        "seconds": seconds.tolist(),
+        "mean": [point.mean for point in points],
+        "low": [point.low for point in points],
+        "high": [point.high for point in points],
+    }
+
+
+def _at(lines: Lines, steps: np.ndarray) -> np.ndarray:
+    if not lines.steps.size:
+        return np.zeros(len(steps))
+    return np.interp(steps, [0.0, *lines.steps], [0.0, *lines.values])
