@@ -73,6 +73,7 @@ def test_the_library_loads_heavy_packages_only_where_used() -> None:
         ("modular_lm/tracking", ("torch", *library("data", "model", "train", "eval", "parallel"))),
         ("modular_lm/eval", library("train", "tracking", "generate")),
         ("modular_lm/generate", library("data", "train", "eval", "tracking")),
+        ("modular_lm/sweep", ("torch", *library("train", "eval", "generate", "parallel", "optim"))),
         ("ray_jobs", ("cluster",)),
     ],
 )
@@ -87,6 +88,8 @@ def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
         ("modular_lm.train.run", ("torch", *HEAVY)),
         ("modular_lm.train.dry_run", ("torch", *HEAVY)),
         ("modular_lm.train.driver", ("torch", *HEAVY)),
+        ("modular_lm.sweep.trials", ("torch", "scipy", "matplotlib", *HEAVY)),
+        ("modular_lm.sweep.report", ("torch", "scipy", "matplotlib", *HEAVY)),
         ("modular_lm.train.worker", HEAVY),
         ("ray_jobs.train", ("torch", *HEAVY)),
         ("ray_jobs.prepare", ("torch", *HEAVY)),
@@ -94,6 +97,7 @@ def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
         ("ray_jobs.convert", ("torch", *HEAVY)),
         ("ray_jobs.modules", ("torch", *HEAVY)),
         ("cluster.slurm", ("torch", *HEAVY)),
+        ("ray_jobs.report", ("torch", "scipy", "matplotlib", *HEAVY)),
         ("cluster.plan", ("torch", "numpy", *HEAVY)),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import operator
 import types
 from collections.abc import Iterable, Sequence
@@ -259,9 +260,10 @@ def _check_bounds(value: Any, metadata: Any, full: str) -> None:
 # ------------------------------------------------------------------ looking at the tree
 
 
-def leaf_keys(cls: type) -> set[str]:
+@functools.cache
+def leaf_keys(cls: type) -> frozenset[str]:
     """The full keys of all values, as opposed to groups, below `cls`."""
-    return {path for path, *_ in _leaves(cls, "")}
+    return frozenset(path for path, *_ in _leaves(cls, ""))
 
 
 def _leaves(cls: type, path: str) -> Iterable[tuple[str, Any, Any, Any]]:

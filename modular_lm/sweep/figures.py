@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from modular_lm.sweep.statistics import FEWEST_FOR_P
 from modular_lm.sweep.style import (
     INK,
     MUTED,
@@ -97,6 +98,7 @@ def difference_figure(summary: Mapping[str, Any]) -> Figure | None:
         axes.plot(seeds, [row] * len(seeds), "|", color=style["color"], ms=7)
         axes.plot(found["mean"], row, color=style["color"], marker=style["marker"], ms=5.5)
     axes.axvline(0, color=INK, lw=1)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_yticks(range(len(arms)), [label(arm["name"], 26) for arm in arms])
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.tick_params(axis="y", length=0)
@@ -112,11 +114,15 @@ def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
         return None
     styles = styles_of(summary["arms"])
     figure, axes = _figure(3.5 + 0.09 * len(styles))
+    ends = []
     for arm in arms:
         style = styles.get(arm["name"], {"color": OTHER, "marker": "."})
         loss, x = arm["nll"], arm["cache_bytes_per_token"]
+        ends.append(loss["mean"])
         if loss["low"] is not None:
             axes.plot([x, x], [loss["low"], loss["high"]], color=style["color"], lw=1)
+            # The intervals of two seeds are so wide that nothing else could be seen.
+            ends += [loss["low"], loss["high"]] if loss["n"] >= FEWEST_FOR_P else []
         own = arm["name"] in styles
         axes.plot(
             x,
@@ -130,6 +136,8 @@ def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
         )
     front = sorted((a["cache_bytes_per_token"], a["nll"]["mean"]) for a in arms if a["pareto"])
     axes.plot(*zip(*front, strict=True), color=MUTED, lw=1, drawstyle="steps-post", zorder=1)
+    margin = 0.05 * (max(ends) - min(ends)) or 0.01
+    axes.set_ylim(min(ends) - margin, max(ends) + margin)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: _bytes(x))
     axes.set_xlabel("decoding state, bytes per token of context")
@@ -171,7 +179,7 @@ def heat_map(summary: Mapping[str, Any]) -> Figure | None:
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_xlabel("chunk length or window (tokens); T: the whole sample")
+    axes.set_xlabel("chunk length or window, in tokens (T: all)")
     return figure
 
 

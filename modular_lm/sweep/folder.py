@@ -177,10 +177,13 @@ def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
         if before[key] != after[key] and (key, before[key]) != ("steps", None)
     ]
     if changed:
+        what, other = before[changed[0]], after[changed[0]]
+        if not isinstance(what, dict):
+            what, other = {changed[0]: what}, {changed[0]: other}
         raise ConfigError(
-            f"dump_dir={folder}: its trial {old['name']} was begun with other {changed[0]}: "
-            f"{_first_difference(before[changed[0]], after[changed[0]])}; a sweep can get further "
-            "variants and seeds, but what it has cannot change: use another dump_dir (or name)"
+            f"dump_dir={folder}: its trial {old['name']} was begun otherwise: "
+            f"{_first_difference(what, other)}; a sweep can get further variants and seeds, but "
+            "what it has cannot change: use another dump_dir (or name)"
         )
 
 
@@ -191,8 +194,7 @@ def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: record[key] for key in _IDENTITY}, "given": flatten(given)}
 
 
-def _first_difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(k for k in (*old, *new) if old.get(k, "not set") != new.get(k, "not set"))
-        return f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
-    return f"{old} -> {new}"
+def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    before, after = ({k: str(v) for k, v in each.items()} for each in (old, new))
+    key = next(k for k in (*old, *new) if before.get(k) != after.get(k))
+    return f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"

@@ -28,15 +28,15 @@ th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--grid); }
 thead th { color: var(--muted); font-weight: 500; vertical-align: bottom; white-space: normal;
   min-width: 4.2rem; }
-th:first-child, table.text td { text-align: left; }
+th:first-child, table.text :is(td, th) { text-align: left; }
+td small { display: block; color: var(--muted); font-size: .75rem; }
 table.text td { white-space: normal; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper);
-  max-width: 11rem; white-space: normal; overflow-wrap: anywhere; }
+  width: 10rem; min-width: 7.5rem; white-space: normal; overflow-wrap: break-word; }
 tbody tr:last-child > * { border-bottom: 0; }
 .better { color: var(--s3); font-weight: 600; } .worse { color: var(--s2); font-weight: 600; }
-.figures { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
-figure { margin: 0; min-width: 0; }
+.figures { columns: 25rem; column-gap: 1.5rem; }
+figure { margin: 0 0 1.6rem; break-inside: avoid; }
 figcaption { font-size: .875rem; font-weight: 600; margin-bottom: .3rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
@@ -97,7 +97,7 @@ def _folded(title: str, table: Table | None) -> str:
 def _table(table: Table, kind: str = "") -> str:
     head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in table.header)
     rows = "".join(
-        f"<tr><th scope=row>{escape(first)}</th>{''.join(map(_cell, cells))}</tr>"
+        f"<tr><th scope=row>{_name(first)}</th>{''.join(_cell(c, kind) for c in cells)}</tr>"
         for first, *cells in table.rows
     )
     return (
@@ -106,10 +106,19 @@ def _table(table: Table, kind: str = "") -> str:
     )
 
 
-def _cell(text: str) -> str:
+def _name(text: str) -> str:
+    """A name that may go on in the next line after an underscore."""
+    return escape(text).replace("_", "_<wbr>")
+
+
+def _cell(text: str, kind: str) -> str:
+    if kind == "text":
+        return f"<td>{escape(text)}</td>"
     if text in _MARKS:
         return f'<td class="{text}">{_MARKS[text]}</td>'
-    return f"<td>{escape(text)}</td>"
+    mean, bracket, ends = text.partition(" [")
+    below = f"<small>[{escape(ends)}</small>" if bracket else ""
+    return f"<td>{escape(mean)}{below}</td>"
 
 
 def _figure(name: str, title: str, picture: str) -> str:

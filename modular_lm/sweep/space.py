@@ -39,7 +39,7 @@ def variants_of(sweep: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
 
     base: the values of a training run that the variants share, nested. Raises ConfigError.
     """
-    swept = _in_order(swept_keys(sweep))
+    swept = spaces(sweep)
     defaults = flatten(to_dict(from_dict(TrainConfig, dict(base))))
     drawn = any(each.kind != "grid" for each in swept.values())
     found: dict[str, Variant] = {}

@@ -101,7 +101,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     done = sum(arm["done"] for arm in arms)
     total = sum(arm["trials"] for arm in arms)
     unit = _UNITS[summary["budget"]]
-    amount = number(summary["amount"], "{:,.6g}")
+    amount = number(summary["amount"], "{:,.0f}" if (summary["amount"] or 0) < 1e9 else "{:.4g}")
     text = (
         f"{done} of {total} trials are done: {len(arms)} variants, seeds "
         f"{', '.join(map(str, seeds))}. Each may spend {amount} {unit}"

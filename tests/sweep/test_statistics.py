@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -38,6 +38,7 @@ def test_student_s_sample_of_1908() -> None:
     assert found.difference.n == 10
 
 
+@settings(deadline=None)
 @given(st.lists(finite, min_size=2, max_size=8))
 def test_the_interval_is_scipy_s(values: list[float]) -> None:
     found = mean_interval(values)
@@ -47,6 +48,7 @@ def test_the_interval_is_scipy_s(values: list[float]) -> None:
     assert found.n == len(values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(finite, finite), min_size=3, max_size=8))
 def test_the_p_value_is_scipy_s_over_shared_seeds(pairs: list[tuple[float, float]]) -> None:
     mine, theirs = by_seed([a for a, _ in pairs]), by_seed([b for _, b in pairs])
@@ -86,6 +88,7 @@ def test_holm_as_r_adjusts() -> None:
     assert holm([0.2]) == [0.2]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.5))
 def test_holm_rejects_what_its_definition_rejects(p_values: list[float], level: float) -> None:
     adjusted = holm(p_values)

@@ -1,0 +1,113 @@
+"""A sweep's folder: what may change when the same sweep is started again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from modular_lm.config import to_dict
+from modular_lm.errors import ConfigError, DataError
+from modular_lm.sweep.folder import SweepFolder
+from modular_lm.sweep.space import Variant
+from modular_lm.sweep.trials import plan_sweep, suggested_arm
+from tests.sweep.made_sweep import begun, planned
+
+ARMS = "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}}"
+MORE = ARMS[:-1] + ", sum: {model.module_agg: sum}}"
+
+
+def again(folder: SweepFolder, *args: str) -> None:
+    config, _, plan = planned(folder.path, *args)
+    folder.begin(plan, to_dict(config))
+
+
+def test_trials_are_listed_by_arm_and_seed(tmp_path: Path) -> None:
+    folder, _ = begun(tmp_path / "s", ARMS, "sweep.seeds=[2,1]")
+    assert [(t["arm"], t["seed"], t["status"]) for t in folder.trials()] == [
+        ("dense", 1, "pending"),
+        ("dense", 2, "pending"),
+        ("avg", 1, "pending"),
+        ("avg", 2, "pending"),
+    ]
+    record = json.loads((tmp_path / "s/trials/dense__seed-1/trial.json").read_text())
+    assert record["budget"] == "flops"
+    assert record["steps"] == 200
+    assert record["baseline"] is True
+    assert record["given"]["dump_dir"] == str(tmp_path / "s/trials/dense__seed-1")
+    assert folder.read_definition()["sweep"]["seeds"] == [2, 1]
+
+
+def test_a_sweep_that_is_started_again_keeps_what_is_done_and_takes_what_is_new(
+    tmp_path: Path,
+) -> None:
+    folder, _ = begun(tmp_path / "s", ARMS, "sweep.seeds=[0]")
+    folder.update("dense__seed-0", "running")
+    folder.update("dense__seed-0", "done")
+    folder.update("avg__seed-0", "running")
+    folder.update("avg__seed-0", "failed", "the disk was full")
+    again(folder, MORE, "sweep.seeds=[0,1]", "ray.num_workers=2", "logging.freq=1")
+    found = {t["name"]: (t["status"], t["why"], t["attempts"]) for t in folder.trials()}
+    assert found["dense__seed-0"] == ("done", None, 1)
+    assert found["avg__seed-0"] == ("failed", "the disk was full", 1)
+    assert found["sum__seed-1"] == ("pending", None, 0)
+    assert len(found) == 6
+    # How it is run and reported may change, and does.
+    assert folder.trials()[0]["given"]["logging"] == {"freq": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("optim.lr=0.5", "optim.lr: 0.003 -> 0.5"),
+        ("data.seq_len=256", "data.seq_len: 512 -> 256"),
+        ("model.weight_tying=true", "model.weight_tying: not set -> True"),
+        ("sweep.amount=5e12", "steps: 200 -> "),
+    ],
+)
+def test_a_trial_cannot_become_another_one(tmp_path: Path, change: str, expected: str) -> None:
+    folder, _ = begun(tmp_path / "s", ARMS)
+    before = {file: file.read_bytes() for file in sorted(folder.path.rglob("*.*"))}
+    with pytest.raises(ConfigError, match="its trial dense__seed-0 was begun otherwise") as raised:
+        again(folder, ARMS, change)
+    assert expected in str(raised.value)
+    assert {file: file.read_bytes() for file in sorted(folder.path.rglob("*.*"))} == before
+
+
+def test_steps_may_be_filled_in_when_the_speed_is_known(tmp_path: Path) -> None:
+    wall = (ARMS, "sweep.budget=wall", "sweep.amount=60", "sweep.seeds=[0]")
+    folder, _ = begun(tmp_path / "s", *wall)
+    assert [trial["steps"] for trial in folder.trials()] == [None, None]
+    config, given, _ = planned(folder.path, *wall)
+    folder.begin(plan_sweep(config, given, {"dense": 0.5, "avg": 0.25}), to_dict(config))
+    assert [trial["steps"] for trial in folder.trials()] == [120, 240]
+
+
+def test_a_trial_that_comes_up_during_the_sweep_is_listed_last(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0]")
+    arm = suggested_arm(plan, Variant("avg__lr-0.1", {"optim.lr": 0.1}))
+    folder.add(plan, plan.trial(arm, 0))
+    folder.update("avg__lr-0.1__seed-0", "running")
+    folder.add(plan, plan.trial(arm, 0))
+    assert [t["name"] for t in folder.trials()][-1] == "avg__lr-0.1__seed-0"
+    assert folder.trials()[-1]["status"] == "running"
+
+
+def test_what_cannot_run_is_failed_from_the_beginning(tmp_path: Path) -> None:
+    folder, _ = begun(tmp_path / "s", "sweep.params={model.module_n_summary: {grid: [1, 3]}}")
+    failed = [trial for trial in folder.trials() if trial["status"] == "failed"]
+    assert len(failed) == 3
+    assert "must divide model.module_seq_len=128" in failed[0]["why"]
+
+
+def test_folders_that_hold_no_sweep_or_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected the folder of a sweep, with sweep.yaml in it"):
+        SweepFolder(tmp_path).read_definition()
+    folder, _ = begun(tmp_path / "s", ARMS)
+    folder.trial_file("avg__seed-0").write_text("{")
+    with pytest.raises(DataError, match=r"avg__seed-0/trial.json: expected JSON"):
+        folder.trials()
+    folder.trial_file("avg__seed-0").write_text('{"name": "x"}')
+    with pytest.raises(DataError, match=r"avg__seed-0/trial.json: expected a trial's state"):
+        folder.trials()
