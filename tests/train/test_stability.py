@@ -19,6 +19,7 @@ from modular_lm.parallel import World, init_world
 from modular_lm.train.inventory import complete_steps
 from modular_lm.train.stability import SpikeDetector
 from modular_lm.train.trainer import Trainer
+from tests.pool import Pool
 from tests.train.test_trainer import G, Recorder, rows, trainer, weights
 
 POISON = 200  # a token that the random rows do not hold
@@ -156,3 +157,43 @@ def test_a_spike_in_training_is_an_event_with_its_samples_and_counted(
     assert (kind, fields["step"], fields["samples"]) == ("spike", 51, [50 * G, 51 * G - 1])
     assert fields["loss"] == recorder.losses[50] > fields["median"] + 8 * fields["deviation"]
     assert [line["optim/spikes"] for line in recorder.lines] == [0] * 50 + [1] * 2
+
+
+# ------------------------------------------------------------------ several ranks
+
+
+def one_bad_rank(folder: Path) -> tuple[str, list[int], bool]:
+    """What each rank says of a run in which only the first one meets a bad row."""
+    world, recorder = init_world(use_gpu=False), Recorder()
+    keys = ("optim.max_skipped=2", "checkpoint.dump.every=0", "data.batch_size=2")
+    t = trainer(world, folder, recorder, *keys)
+    with torch.no_grad():  # the row of the poisonous token, which may lie on any rank
+        weight = t.model.tok_embeddings.weight
+        first = (world.rank * len(local_part(weight))) if world.size > 1 else 0
+        if first <= POISON < first + len(local_part(weight)):
+            local_part(weight)[POISON - first] = math.inf
+
+    def stream() -> Iterator[StepRows]:
+        for step in poisoned_rows({1, 3, 4}):
+            mine = slice(G // world.size * world.rank, G // world.size * (world.rank + 1))
+            yield StepRows(step.step, step.index[mine], step.tokens[mine])
+
+    with pytest.raises(AgreedError) as caught:
+        t.run(stream(), 12)
+    finite = all(local_part(p).isfinite().all() for p in list(t.model.parameters())[1:])
+    return str(caught.value), [fields["step"] for _, fields in recorder.trouble], finite
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_what_one_of_them_cannot_use(pool: Pool, tmp_path: Path) -> None:
+    told = pool.run(2, one_bad_rank, tmp_path)
+    assert told[0] == told[1]
+    message, skipped, finite = told[0]
+    assert message.startswith("steps 4..5: loss or gradient was not finite 2 times in a row")
+    assert skipped == [2, 4, 5]
+    assert finite
+    dump = tmp_path / "dumps" / "0000000005"
+    about = json.loads((dump / "about.json").read_text())
+    assert [math.isnan(loss) for loss in about["loss_of_rank"]] == [True, False]
+    files = [np.load(dump / f"rank_0000{rank}.npz") for rank in range(2)]
+    assert np.concatenate([file["index"] for file in files]).tolist() == [*range(4 * G, 5 * G)]
