@@ -9,6 +9,7 @@ norm, squared.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,14 @@ def local_squares(parameters: Iterable[nn.Parameter], device: torch.device) -> T
     Of replicated gradients one rank counts each element. Brings gradients that are still to be
     summed over ranks into the placement of their parameters.
     """
-    counted = [local_part(g) for g in _gradients(parameters) if counts_here(g)]
+    counts: dict[Any, bool] = {}  # the same for all gradients that lie alike
+    counted = []
+    for gradient in _gradients(parameters):
+        lies = getattr(gradient, "device_mesh", None), getattr(gradient, "placements", None)
+        if lies not in counts:
+            counts[lies] = counts_here(gradient)
+        if counts[lies]:
+            counted.append(local_part(gradient))
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(counted)).double().square().sum()
