@@ -113,11 +113,17 @@ class Stepper:
 
     def _loss(self, rows: np.ndarray) -> Tensor:
         """The summed negative log-likelihood of rows [n, T + 1]."""
-        device, documents = self.world.device, None
-        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
+        tokens, documents = self._upload(rows.astype(np.int64)), None
         if self.config.data.document_mask:
-            documents = torch.from_numpy(document_ids(rows[:, :-1], self.tokenizer)).to(device)
+            documents = self._upload(document_ids(rows[:, :-1], self.tokenizer))
         return self.model(tokens[:, :-1], tokens[:, 1:], documents).sum()
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        """`array` on the device. From pinned memory, else the copy would wait for the device."""
+        host = torch.from_numpy(array)
+        if self.world.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.world.device, non_blocking=True)
 
     def _idle(self) -> Tensor:
         """A pass without weight, for a rank that has no rows left while others have.
