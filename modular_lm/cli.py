@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from modular_lm.config.load import format_help, load_config
 from modular_lm.errors import EXIT_STOPPED, UserFacingError
+from modular_lm.submission import check_lasting
 
 T = TypeVar("T")
 
@@ -41,7 +42,9 @@ def run_job(
     # As Ctrl-C, so that what is half-written is cleared away; training sets its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = job(*load_config(cls, args))
+        config, given = load_config(cls, args)
+        check_lasting(config)
+        code = job(config, given)
     except UserFacingError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code

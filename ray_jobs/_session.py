@@ -13,7 +13,10 @@ import signal
 import socket
 from collections.abc import Iterator
 
-from modular_lm.errors import RunFailedError, reason
+from modular_lm.errors import ConfigError, RunFailedError, reason
+from modular_lm.submission import STOP_WAIT, submission
+
+log = logging.getLogger(__name__)
 
 # Logical CPUs beside those of the training workers: tasks of Ray Data, validation, the driver.
 SPARE_CPUS = 2
@@ -26,6 +29,9 @@ _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
 }
+# Of a driver's environment what its workers need: caches, stores and their credentials.
+_PASSED = ("MODULAR_LM_", "MLFLOW_", "HF_", "AWS_", "FSSPEC_")
+_SHORT_STOP_S = 30
 
 
 @contextlib.contextmanager
@@ -34,7 +40,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
     num_cpus: logical CPUs of a Ray that is started here; default: the machine's, at least 4. They
     may exceed the physical ones: Ray only counts them.
-    Raises RunFailedError if no Ray can be reached or started.
+    Raises RunFailedError if no Ray can be reached or started, ConfigError for an address that
+    belongs elsewhere.
     """
     _environment()
     import ray
@@ -66,16 +73,41 @@ def _environment() -> None:
 
 
 def _join() -> None:
+    address = os.environ["RAY_ADDRESS"]
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: is where `ray job submit` hands jobs in; a job that is "
+            "started here joins at HOST:PORT (6379 by default), or unset RAY_ADDRESS"
+        )
     import ray
 
-    host, _, port = os.environ["RAY_ADDRESS"].rpartition(":")
+    host, _, port = address.rpartition(":")
     if port.isdigit() and "/" not in host:
         # Ray itself would try for minutes.
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    variables = _passed()
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": variables})
 
-    # A cluster's processes do not inherit the environment of a driver that joins it.
-    passed = {n: v for n, v in os.environ.items() if n in _DEFAULTS or n.startswith("MODULAR_LM_")}
-    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": passed})
+
+def _passed() -> dict[str, str]:
+    """The variables for the runtime environment: a cluster's processes do not inherit those of a
+    driver that joins it."""
+    job = submission()
+    if job is not None and job.stop_wait_s < _SHORT_STOP_S:
+        log.warning(
+            "%s=%d: `ray job stop` kills this job so many seconds after it asked it to save; "
+            "submit with --runtime-env cluster/runtime_env.yaml, which sets it to more",
+            STOP_WAIT,
+            job.stop_wait_s,
+        )
+    # What the job carries reaches the workers as it is; Ray refuses to be told twice, and its
+    # message would show the values.
+    carried = job.carried if job else frozenset()
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if (name in _DEFAULTS or name.startswith(_PASSED)) and name not in carried
+    }
 
 
 def _start(num_cpus: int) -> None:

@@ -55,7 +55,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def ray_head(cache: Path) -> Iterator[dict[str, str]]:
-    """The environment in which jobs join a Ray of this session's own."""
+    """The environment in which jobs join a Ray of this session's own, or are submitted to it."""
     port, dashboard = free_ports(2)
     environment = {
         **os.environ,
@@ -81,7 +81,11 @@ def ray_head(cache: Path) -> Iterator[dict[str, str]]:
         )
         try:
             wait_until(lambda: listens(port) and listens(dashboard), "the Ray head", 90)
-            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            yield {
+                **environment,
+                "RAY_ADDRESS": f"127.0.0.1:{port}",
+                "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # of `ray job`
+            }
         finally:
             end(head)
 

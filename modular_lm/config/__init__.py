@@ -13,6 +13,7 @@ from modular_lm.config.load import format_help, load_config, to_dict, to_yaml
 from modular_lm.config.schema import (
     ConvertConfig,
     DataConfig,
+    DoctorConfig,
     GenerateConfig,
     ModelConfig,
     ModulesConfig,
@@ -26,6 +27,7 @@ from modular_lm.config.sweep import ReportConfig, SweepConfig
 __all__ = [
     "ConvertConfig",
     "DataConfig",
+    "DoctorConfig",
     "GenerateConfig",
     "ModelConfig",
     "ModulesConfig",

@@ -328,3 +328,13 @@ class ModulesConfig:
     src: str = key("", "file of a column to import")
     out: str = key("", "file to export a column to")
     dst: str = key("", "checkpoint folder to write, which must not exist")
+
+
+@dataclass
+class DoctorConfig:
+    script: str = key(
+        "ray_jobs.train", "the job to check: its module, or an sbatch script, whose options are too"
+    )
+    device_memory: float | None = key(
+        None, "GiB of the device to train on, if that is not one of this machine", gt=0
+    )

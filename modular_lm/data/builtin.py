@@ -56,6 +56,12 @@ def ensure_builtin(config: TokenizerConfig, *, verify: bool = False) -> Path:
     return folder
 
 
+def builtin_folder(config: TokenizerConfig) -> tuple[Path, bool]:
+    """Where the built-in corpus for this tokenizer belongs, and whether it is there, whole."""
+    folder = _folder(config)
+    return folder, _is_whole(folder, verify=False)
+
+
 def prepare_builtin(config: PrepareConfig) -> Manifest:
     """Prepare the built-in corpus as `config` says, into the folder `builtin` of `config.dst`."""
     with tempfile.TemporaryDirectory(prefix="modular-lm-") as scratch:

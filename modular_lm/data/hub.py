@@ -126,7 +126,7 @@ def fetch_dataset(config: PrepareConfig) -> Source | None:
     if config.dst is None:
         raise ConfigError(f"dst=null: name the folder for dataset={name}")
     source, dst = f"{name}_shuffled", _absolute(config.dst)
-    root = dst / name if config.src == PrepareConfig.src else _absolute(config.src)
+    root = _dataset_folder(config, dst)
     if dst.is_relative_to(root) or root.is_relative_to(dst / source):
         raise ConfigError(
             f"src={config.src}: the files of dataset={name} need a folder that does not hold "
@@ -134,6 +134,26 @@ def fetch_dataset(config: PrepareConfig) -> Source | None:
         )
     files = download(f"dataset={name}", DATASETS[name], root, config.revision)
     return Source(source, root, tuple(sorted(files)))
+
+
+def _dataset_folder(config: PrepareConfig, dst: Path) -> Path:
+    assert config.dataset is not None
+    return dst / config.dataset if config.src == PrepareConfig.src else _absolute(config.src)
+
+
+def on_disk(config: PrepareConfig) -> dict[str, bool]:
+    """What `config` names on the Hub, and whether it is wholly on disk. Asks nobody.
+
+    Raises DataError for the record of a download that cannot be read.
+    """
+    named: dict[str, Path] = {}
+    if config.tokenizer.name in TOKENIZERS and config.dst is not None:
+        name = config.tokenizer.name
+        named[f"tokenizer={name}"] = _absolute(config.dst) / "tokenizers" / name
+    if config.dataset is not None and config.dst is not None:
+        named[f"dataset={config.dataset}"] = _dataset_folder(config, _absolute(config.dst))
+    records = {what: (folder, Record.load(folder)) for what, folder in named.items()}
+    return {what: r is not None and r.is_on_disk(f) for what, (f, r) in records.items()}
 
 
 def _absolute(path: str) -> Path:
