@@ -99,6 +99,7 @@ def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
         ("cluster.slurm", ("torch", *HEAVY)),
         ("ray_jobs.report", ("torch", "scipy", "matplotlib", *HEAVY)),
         ("cluster.plan", ("torch", "numpy", *HEAVY)),
+        ("ray_jobs.doctor", ("torch", *HEAVY)),
     ],
 )
 def test_mistakes_are_answered_before_anything_heavy_is_loaded(

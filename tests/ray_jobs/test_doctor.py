@@ -19,6 +19,7 @@ from modular_lm.train.inventory import COMPLETE, complete_steps, retain, step_fo
 from ray_jobs import doctor
 from ray_jobs._checks import checkpoints_at_once
 from ray_jobs._site_checks import version_findings
+from tests.slurm import Slurm
 from tests.support import REPO, free_ports
 
 DEBUG = f"config={REPO / 'configs' / 'debug.yaml'}"
@@ -283,3 +284,20 @@ def test_packages_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.M
     assert re.match(r"numpy \S+, tested with <1", found["warning"].text)
     assert found["error"].text == "no-such-package-of-ours is not installed, needs >=3"
     assert found["error"].advice == "pip install 'no-such-package-of-ours>=3'"
+
+
+@pytest.mark.slurm
+def test_slurms_own_opinion_of_a_batch_script(
+    examine: Examine, slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    script = tmp_path / "submit.slurm"
+    script.write_text("#!/bin/bash\n#SBATCH --nodes=2 --partition=main\ntrue\n")
+    code, rows = examine(DEBUG, f"script={script}")
+    assert code == 0
+    assert re.match(r"Job \d+ to start at .* on nodes n\[0-1\]", text_of(rows, "slurm", "ok"))
+    script.write_text("#!/bin/bash\n#SBATCH --nodes=2 --partition=mian\ntrue\n")
+    code, rows = examine(DEBUG, f"script={script}")
+    assert code == 2
+    assert "invalid partition specified: mian" in text_of(rows, "slurm")
+    assert slurm.run("squeue", "--noheader").strip() == "", "nothing was submitted"
