@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import sqlite3
@@ -36,6 +37,7 @@ _SOCKET_LIMIT = 107
 # What Ray puts behind its temporary folder; PIDs have up to seven digits, sockets a number.
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
 _ENOUGH_SHM = 1 << 30
+_ENOUGH_FILES = 4096
 _PROBE_S = 90
 _ANSWER_S = 6
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -191,6 +193,9 @@ def _ray_here() -> list[Finding]:
     if shared.is_dir() and (free := shutil.disk_usage(shared).free) < _ENOUGH_SHM:
         text = f"/dev/shm has {free >> 20} MiB free: Ray will keep objects on the disk"
         found.append(Finding("ray", "warning", text, "docker run --shm-size=8g, or more /dev/shm"))
+    if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _ENOUGH_FILES:
+        text = f"only {files} open files are allowed, Ray may need more"
+        found.append(Finding("ray", "warning", text, "ulimit -n 65536"))
     text = "no RAY_ADDRESS: the job starts a Ray of its own on this machine"
     return found or [Finding("ray", "ok", text)]
 
