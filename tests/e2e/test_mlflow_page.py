@@ -20,9 +20,11 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from modular_lm.config import TrainConfig
 from modular_lm.eval.positions import LossSums, fold, write_curves
 from modular_lm.files import write_text_atomic
 from modular_lm.tracking import MlflowProjection, RunFolder, replay, snapshot_code
+from ray_jobs._site_checks import mlflow_finding
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -232,3 +234,9 @@ def test_artifacts_are_listed(chromium: str, run_page: str, tmp_path: Path) -> N
     configs = ("config.yaml", "base_config.yaml")
     expected = ("code", *configs, "checkpoints.json", "events.jsonl", "evals")
     _open(chromium, f"{run_page}/artifacts", tmp_path / "artifacts.png", _missing_text(*expected))
+
+
+def test_the_doctor_reaches_the_server(server: str) -> None:
+    config = TrainConfig()
+    config.logging.mlflow.tracking_uri = server
+    assert mlflow_finding(config, Path("runs")).level == "ok"
