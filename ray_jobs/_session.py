@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -29,8 +30,10 @@ _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
 }
-# Of a driver's environment what its workers need: caches, stores and their credentials.
+# Of a driver's environment what its workers need: where caches and stores are.
 _PASSED = ("MODULAR_LM_", "MLFLOW_", "HF_", "AWS_", "FSSPEC_")
+# But no credentials: every node's runtime_env_agent.log shows the variables with their values.
+_SECRET = re.compile("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL")
 _SHORT_STOP_S = 30
 
 
@@ -103,11 +106,19 @@ def _passed() -> dict[str, str]:
     # What the job carries reaches the workers as it is; Ray refuses to be told twice, and its
     # message would show the values.
     carried = job.carried if job else frozenset()
-    return {
+    passed = {
         name: value
         for name, value in os.environ.items()
         if (name in _DEFAULTS or name.startswith(_PASSED)) and name not in carried
     }
+    secrets = sorted(name for name in passed if _SECRET.search(name))
+    if secrets and job is None:
+        log.info(
+            "%s: not handed to the workers, for Ray would write it to its logs; a worker that needs "
+            "it finds it where Ray was started with it",
+            ", ".join(secrets),
+        )
+    return {name: value for name, value in passed.items() if name not in secrets}
 
 
 def _start(num_cpus: int) -> None:

@@ -56,7 +56,7 @@ def pool() -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def ray_head(cache: Path) -> Iterator[dict[str, str]]:
     """The environment in which jobs join a Ray of this session's own, or are submitted to it."""
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)
     environment = {
         **os.environ,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
@@ -72,6 +72,8 @@ def ray_head(cache: Path) -> Iterator[dict[str, str]]:
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                 *("--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=6"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+                # Else two Rays on one machine want the same port, and one takes no jobs.
+                f"--dashboard-agent-listen-port={agent}",
                 *(f"--temp-dir={short}", "--object-store-memory=300000000"),
                 "--disable-usage-stats",
             ],

@@ -85,7 +85,8 @@ def test_stopped_with_a_complete_checkpoint_then_followed_to_the_end(
     folder = RunFolder(tmp_path / "run")
     job = ["ray_jobs.train", "config=configs/mine.yaml", *TINY[1:], f"dump_dir={folder.path}"]
     first = submitter.submit("first", *job)
-    wait_until(lambda: len(list(folder.metrics)) > 3, "some steps")
+    wait_until(lambda: len(list(folder.metrics)) > 3 or first.poll() is not None, "some steps")
+    assert first.poll() is None, finish(first)
     finish(submitter.job("stop", "first"))
     stopped = finish(first)
     assert submitter.details("first").status == JobStatus.STOPPED
