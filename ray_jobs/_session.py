@@ -114,8 +114,8 @@ def _passed() -> dict[str, str]:
     secrets = sorted(name for name in passed if _SECRET.search(name))
     if secrets and job is None:
         log.info(
-            "%s: not handed to the workers, for Ray would write it to its logs; a worker that needs "
-            "it finds it where Ray was started with it",
+            "%s: not handed to the workers, for Ray would write it to its logs; they have it "
+            "where the nodes started Ray with it",
             ", ".join(secrets),
         )
     return {name: value for name, value in passed.items() if name not in secrets}
