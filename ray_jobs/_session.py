@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import re
 import signal
 import socket
@@ -35,6 +36,7 @@ _PASSED = ("MODULAR_LM_", "MLFLOW_", "HF_", "AWS_", "FSSPEC_")
 # But no credentials: every node's runtime_env_agent.log shows the variables with their values.
 _SECRET = re.compile("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL")
 _SHORT_STOP_S = 30
+_DASHBOARD = "RAY_API_SERVER_ADDRESS"
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, dashboard = signal.getsignal(signal.SIGTERM), os.environ.get(_DASHBOARD)
     try:
         if os.environ.get("RAY_ADDRESS"):
             _join()
@@ -67,6 +69,10 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if dashboard is None:
+            os.environ.pop(_DASHBOARD, None)
+        else:
+            os.environ[_DASHBOARD] = dashboard
 
 
 def _environment() -> None:
@@ -128,11 +134,15 @@ def _start(num_cpus: int) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
 
+    port = _free_port()
+    # Its workers inherit it. Without it they would look for the one Ray on this machine.
+    os.environ[_DASHBOARD] = f"http://127.0.0.1:{port}"
     ray.init(
         num_cpus=num_cpus,
         # Ray Train asks it who is alive; without it placement groups of killed runs stay.
         include_dashboard=True,
         dashboard_host="127.0.0.1",
+        dashboard_port=port,
         log_to_driver=True,
         logging_level=logging.WARNING,
         _system_config={
@@ -141,3 +151,11 @@ def _start(num_cpus: int) -> None:
             "num_workers_soft_limit": num_cpus + 4,
         },
     )
+
+
+def _free_port() -> int:
+    """A port of loopback that is free, and outside of the range that clients are given."""
+    for port in random.Random().sample(range(21000, 32000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no free port on 127.0.0.1")

@@ -1,15 +1,17 @@
-"""What a job on a cluster hands on to its workers, and what it warns of; no Ray is started."""
+"""What a job on a cluster hands on to its workers, what it warns of, and whom it talks to."""
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
 from modular_lm.errors import ConfigError, RunFailedError
 from ray_jobs._session import _passed, ray_session
-from tests.support import free_ports
+from tests.support import REPO, free_ports
 
 SECRET = "hf_0123456789"
 
@@ -75,3 +77,27 @@ def test_an_address_that_is_the_dashboards_or_nobodys(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(RunFailedError, match="Connection refused"), ray_session():
         pass
+
+
+@pytest.mark.e2e
+def test_a_ray_of_our_own_beside_another_one(ray_head: dict[str, str]) -> None:
+    """Ray Train's helpers ask the dashboard who is alive; they must find theirs."""
+    code = """
+import ray
+from ray_jobs._session import ray_session
+with ray_session(num_cpus=2):
+    from ray.util.state import list_nodes
+    (node,) = ray.get(ray.remote(list_nodes).remote())
+    print(node.resources_total["CPU"])
+"""
+    environment = {n: v for n, v in ray_head.items() if n != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2.0"
