@@ -24,7 +24,7 @@ from modular_lm.data.builtin import BUILTIN, builtin_folder
 from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.data.manifest import Manifest
 from modular_lm.errors import UserFacingError, reason
-from modular_lm.model.flops import parameters, trained_parameters
+from modular_lm.model.flops import parameters, trained_matrices, trained_parameters
 from modular_lm.submission import check_lasting
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
@@ -33,8 +33,7 @@ from modular_lm.train.inventory import COMPLETE, complete_steps, step_folder
 from modular_lm.train.run import open_run, resolve_config
 
 Level = Literal["ok", "warning", "error"]
-# A checkpoint holds weights and the two moments of AdamW in fp32.
-_WEIGHT_BYTES, _MOMENT_BYTES = 4, 8
+_NUMBER_BYTES = 4  # checkpoints hold weights and the optimizer's moments in fp32
 _TIGHT = 0.8  # the share of a resource from which a warning is due
 
 
@@ -190,8 +189,10 @@ def disk_finding(config: TrainConfig, folder: Path) -> Finding:
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Size of a checkpoint of a resolved config, without its few kilobytes of JSON."""
-    weights = _WEIGHT_BYTES * parameters(config.model).total
-    return weights + _MOMENT_BYTES * trained_parameters(config.model)
+    moments = 2 * trained_parameters(config.model)
+    if config.optim.name == "muon":  # has one for a matrix
+        moments -= trained_matrices(config.model)
+    return _NUMBER_BYTES * (parameters(config.model).total + moments)
 
 
 def checkpoints_at_once(config: TrainConfig) -> int:
