@@ -160,12 +160,26 @@ def describe_event(line: dict[str, Any]) -> str | None:
             return f"attempt {line['attempt']} failed: {line['reason']}"
         case "checkpoint":
             return f"checkpoint of step {line['step']}: {line['path']}"
+        case "skipped":
+            first, last = line["samples"]
+            what = f"loss {_number(line, 'loss')}, gradient norm {_number(line, 'grad_norm')}"
+            where = f"samples {first}..{last}, {line['in_a_row']} in a row"
+            return f"step {line['step']} changed nothing: {what} ({where})"
+        case "spike":
+            first, last = line["samples"]
+            loss = f"loss {line['loss']:.3f} after {line['median']:.3f} ± {line['deviation']:.3f}"
+            return f"spike at step {line['step']}: {loss} (samples {first}..{last})"
         case "stop_requested":
             return f"stop requested: {line['reason']}"
         case "end":
             reason = f": {line['reason']}" if line.get("reason") else ""
             return f"{line['status']} at step {line.get('step')}{reason}"
     return None
+
+
+def _number(line: dict[str, Any], name: str) -> str:
+    """A value of an event that may be none that JSON knows."""
+    return line.get("nonfinite", {}).get(name) or f"{line[name]:.3f}"
 
 
 def short_number(value: float) -> str:

@@ -9,7 +9,6 @@ so that nothing waits for a GPU; all ranks see the same figures and come to the 
 from __future__ import annotations
 
 import json
-import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from modular_lm.files import write_text_atomic
 from modular_lm.parallel import World
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.stepping import Figures, StepResult
-
-log = logging.getLogger(__name__)
 
 _FEWEST = 16  # losses before which nothing is called a spike
 _SIGMA = 1.4826  # standard deviations of a normal distribution per median absolute deviation
@@ -126,22 +123,11 @@ class Stability:
         if spike is None:
             return
         self.spikes += 1
-        if self._world.rank == 0:
-            log.warning(
-                "step %d: the loss is %.4f, that of the steps before %.4f ± %.4f (samples %d..%d)",
-                *(about["step"], about["loss"], spike.median, spike.deviation, *about["samples"]),
-            )
         self._record("spike", {**about, "median": spike.median, "deviation": spike.deviation})
 
     def _skip(self, about: dict[str, Any], result: StepResult, figures: Figures) -> None:
         self.skipped += 1
         self.streak += 1
-        if self._world.rank == 0:
-            log.warning(
-                "step %d changed nothing: loss %s, gradient norm %s (samples %d..%d, %d in a row)",
-                *(about["step"], about["loss"], about["grad_norm"]),
-                *(*about["samples"], self.streak),
-            )
         self._record("skipped", {**about, "in_a_row": self.streak})
         if self.streak >= self._max_skipped:
             self._give_up(about, result, figures)

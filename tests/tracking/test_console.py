@@ -113,11 +113,20 @@ def test_events_are_one_line_each(plain: ConsoleProgress, caplog: pytest.LogCapt
         _event("attempt", attempt=1, start_step=0, world_size=2, config_changes=["steps: 1 -> 2"])
     )
     plain.event(_event("checkpoint", step=5, path="/r/checkpoints/5"))
+    bad = {"loss": None, "grad_norm": None, "nonfinite": {"loss": "nan", "grad_norm": "inf"}}
+    plain.event(_event("skipped", step=4, samples=[24, 31], in_a_row=2, **bad))
+    bad = {"loss": 2.5, "grad_norm": None, "nonfinite": {"grad_norm": "nan"}}
+    plain.event(_event("skipped", step=5, samples=[32, 39], in_a_row=3, **bad))
+    spike = {"loss": 9.5, "grad_norm": 3.0, "median": 2.5, "deviation": 0.012}
+    plain.event(_event("spike", step=6, samples=[40, 47], **spike))
     plain.event(_event("stop_requested", reason="SIGINT"))
     plain.event(_event("end", status="stopped", step=6, exit_code=3, reason="SIGINT"))
     assert caplog.messages == [
         "attempt 1 from step 0, 2 workers; steps: 1 -> 2",
         "checkpoint of step 5: /r/checkpoints/5",
+        "step 4 changed nothing: loss nan, gradient norm inf (samples 24..31, 2 in a row)",
+        "step 5 changed nothing: loss 2.500, gradient norm nan (samples 32..39, 3 in a row)",
+        "spike at step 6: loss 9.500 after 2.500 ± 0.012 (samples 40..47)",
         "stop requested: SIGINT",
         "stopped at step 6: SIGINT",
     ]
