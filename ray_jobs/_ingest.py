@@ -30,6 +30,7 @@ import ray.data
 import ray.train
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from modular_lm.config.distributed import mesh_sizes
 from modular_lm.data.dataset import Dataset, StepRows, rank_range
 from modular_lm.errors import UserFacingError
 from modular_lm.train.run import Run
@@ -45,7 +46,7 @@ _REST_S = 0.5
 
 @dataclass(frozen=True)
 class Stream:
-    """Steps start..stop-1 for `world_size` ranks, `steps_per_delivery` steps at a time.
+    """Steps start..stop-1 for `world_size` data-parallel ranks, `steps_per_delivery` at a time.
 
     A segment is what is read again when its task or its node dies; each segment of an execution
     adds some milliseconds to its start.
@@ -292,8 +293,8 @@ class PlanDataConfig(ray.train.DataConfig):
         start = run.begin_attempt([names[node] for node in worker_node_ids])
         if start >= run.stop_step:
             return [dict.fromkeys(datasets)] * world_size
-        batch = run.global_batch_size
-        stream = Stream.plan(start, run.stop_step, world_size, batch, run.dataset.seq_len)
+        batch, ranks = run.global_batch_size, mesh_sizes(run.config.distributed, world_size).data
+        stream = Stream.plan(start, run.stop_step, ranks, batch, run.dataset.seq_len)
         return [dict.fromkeys(datasets, stream)] * world_size
 
 

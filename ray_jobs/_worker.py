@@ -37,8 +37,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if stream is None:
         return {"step": run.stop_step}
     try:
-        world = init_world(loop_config["use_gpu"])
-        with contextlib.closing(_steps(run, stream, rank)) as steps:
+        world = init_world(run.config.distributed, use_gpu=loop_config["use_gpu"])
+        with contextlib.closing(_steps(run, stream, world.data_rank)) as steps:
             outcome = train_rank(run, world, stream.start, steps, _report)
     except AgreedError as error:
         return {"error": str(error), "exit_code": error.exit_code}
@@ -46,7 +46,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(run: Run, stream: Stream, rank: int) -> ReadAhead | Generator[StepRows]:
-    """The rows of this rank, read ahead by Ray Data or, as `data.loader` says, by this process."""
+    """The rows of a data-parallel rank, read ahead by Ray Data or, as `data.loader` says, by this
+    process."""
     if run.config.data.loader == "local":
         loader = LocalLoader(run.dataset, run.global_batch_size, rank, stream.world_size)
         return loader.steps(stream.start, stream.stop)

@@ -11,7 +11,8 @@ any.
 The fixture `pool` is one for the session; its processes start with the first `run`. Each `run` has
 a process group of its own, of 1, 2 or any number up to SIZE ranks, which is gone afterwards. A task
 that raises, hangs or kills its process fails the test that called it, with what every rank says
-(for one that waits, its stack); where a rank could not end the task the processes are replaced.
+(for one that waits, its stack). Who waits for a rank that raised is told by Gloo that it is gone;
+where a rank cannot end the task the processes are replaced.
 
 The processes are forked from one that has imported what tasks need, one thread each. Nothing else
 is kept between tasks, but what a task leaves behind in modules stays: undo it there.
@@ -68,8 +69,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         ranks = self._ranks[:size]
         with contextlib.suppress(OSError):  # a rank that is gone answers with the end of its file
             for rank, (connection, _) in enumerate(ranks):
-                where = (task.__module__, task.__qualname__)
-                connection.send((where, args, str(store), rank, size))
+                connection.send((_name(task), args, str(store), rank, size))
         answers = self._collect([connection for connection, _ in ranks], limit)
         if len(answers) == size and all(ok for ok, _ in answers.values()):
             return [answers[rank][1] for rank in range(size)]
@@ -146,6 +146,14 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         for connection, _ in self._ranks:
             connection.close()
         self._parent, self._ranks = None, []
+
+
+def _name(task: Callable[..., Any]) -> tuple[str, str]:
+    """Where the processes find a task; also that of a module that runs as a command here."""
+    module = task.__module__
+    if module == "__main__":
+        module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    return module, task.__qualname__
 
 
 # ------------------------------------------------------------------ the processes

@@ -29,7 +29,7 @@ def fail_on(rank: int) -> None:
         raise ValueError("told to fail")
 
 
-def fail_and_leave_waiting() -> None:
+def fail_on_1_before_others_meet() -> None:
     fail_on(1)
     dist.barrier()
 
@@ -58,13 +58,14 @@ def test_a_rank_that_raises_is_quoted_and_the_pool_goes_on(pool: Pool) -> None:
     before = pool.run(2, process)
     with pytest.raises(PoolError, match=r"rank 0: ended(?s:.*)rank 1: (?s:.*)told to fail"):
         pool.run(2, fail_on, 1)
+    with pytest.raises(PoolError, match=r"rank 0: (?s:.*)barrier(?s:.*)rank 1: (?s:.*)told to"):
+        pool.run(2, fail_on_1_before_others_meet)
     assert pool.run(2, process) == before
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (fail_and_leave_waiting, r"rank 0: has not ended(?s:.*)barrier(?s:.*)told to fail"),
         (die, r"rank 0: its process died"),
         (sleep_on_rank_1, r"rank 1: has not ended(?s:.*)in sleep_on_rank_1"),
     ],

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from modular_lm.config.columns import resolve_columns
+from modular_lm.config.distributed import check_distributed, mesh_sizes
 from modular_lm.config.load import to_dict
 from modular_lm.config.optim import check_optim, warnings_of_optim
 from modular_lm.config.schema import ModelConfig, TrainConfig
@@ -166,6 +167,7 @@ def _check_run(c: TrainConfig) -> None:
         )
     check_optim(c.optim)
     _check_attention(c)
+    check_distributed(c)
 
 
 def _check_attention(c: TrainConfig) -> None:
@@ -237,8 +239,11 @@ def _shown(value: int | None) -> str:
 
 
 def global_batch_size(c: TrainConfig, world_size: int) -> int:
-    """Samples per optimizer step on `world_size` data-parallel ranks."""
-    return c.data.batch_size * c.grad_acc_steps * world_size
+    """Samples per optimizer step on `world_size` workers, of which TP peers share theirs.
+
+    Raises ConfigError if they cannot form the mesh that `distributed` asks for.
+    """
+    return c.data.batch_size * c.grad_acc_steps * mesh_sizes(c.distributed, world_size).data
 
 
 def changes(old: TrainConfig, new: TrainConfig) -> tuple[list[str], list[str]]:

@@ -1,8 +1,9 @@
 """Reading a Meta Lingua YAML: one table says what becomes of each of its keys.
 
-Keys that both projects have need no entry. Every other key of Lingua's `TrainArgs` is `IGNORED`
-with a warning (it steers machinery that does not exist here) or `REFUSED` with the reason (to
-drop it silently would train something else), unless it holds a value that means "off" anyway.
+Keys that both projects have need no entry. Every other key of Lingua's `TrainArgs` is `MAPPED` to
+one of ours, `IGNORED` with a warning (it steers machinery that does not exist here) or `REFUSED`
+with the reason (to drop it silently would train something else), unless it holds a value that means
+"off" anyway.
 """
 
 from __future__ import annotations
@@ -27,11 +28,9 @@ _IGNORED: dict[str, str] = {
     "profiling": "not available yet",
     "logging.acc_freq": "every line of metrics is of a whole optimizer step",
     "logging.wandb": "runs are tracked in MLflow (logging.mlflow)",
-    "distributed.dp_shard": "all workers shard",
     "distributed.spawn_method": "Ray starts the workers",
     "distributed.matmul_allow_tf32": "PyTorch's default holds",
     "distributed.compile_cache_size_limit": "PyTorch's default holds",
-    "distributed.selective_activation_checkpointing": "not available yet; costs memory only",
     "eval.harness": "not available yet",
     "eval.generator": "not available yet",
     "eval.name": "evaluations belong to their run",
@@ -46,10 +45,6 @@ _IGNORED: dict[str, str] = {
 
 # key -> (values that mean "off", reason)
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "distributed.tp_size": ((1, None), "tensor parallelism is not available yet"),
-    "distributed.dp_replicate": ((1, None), "replicated data parallelism is not available yet"),
-    "distributed.float8_recipe": ((None,), "float8 is not available yet"),
-    "distributed.float8_filter": ((None, "layers\\.[0-9]+\\."), "float8 is not available yet"),
     "distributed.detect_anomaly": ((False, None), "anomaly detection is not available"),
     "checkpoint.path": ((None,), "checkpoints are written to dump_dir/checkpoints"),
     "checkpoint.continue_training_from_init": (
@@ -66,11 +61,27 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+# key -> (our key, Lingua's value -> ours)
+_MAPPED: dict[str, tuple[str, dict[Any, Any]]] = {
+    "distributed.selective_activation_checkpointing": (
+        "distributed.activation_checkpointing",
+        {False: "none", True: "selective"},
+    ),
+}
+
+
 def translate_lingua(values: dict[str, Any]) -> None:
     """Take Lingua's own keys out of the values of a training job, in place.
 
     Raises ConfigError for a key whose meaning would be lost.
     """
+    for dotted, (ours, meanings) in _MAPPED.items():
+        found, value = _pop(values, dotted)
+        if found and value not in list(meanings):
+            raise ConfigError(f"{dotted}={value}: expected one of {', '.join(map(str, meanings))}")
+        if found:
+            parent, _, leaf = ours.rpartition(".")
+            values[parent].setdefault(leaf, meanings[value])
     for dotted, why in _IGNORED.items():
         if _pop(values, dotted)[0]:
             log.warning("config: %s is ignored: %s", dotted, why)

@@ -31,7 +31,9 @@ Pool = Literal["mean", "last"]
 ColumnInit = Literal["copy", "fresh"]
 ModuleTrain = Literal["new", "all"]
 Mixer = Literal["attention"]
-FsdpType = Literal["full_shard", "shard_grad_op"]
+FsdpType = Literal["full_shard", "shard_grad_op", "no_shard"]
+Recompute = Literal["none", "selective", "full"]
+Float8Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 Dtype = Literal["fp32", "bf16"]
 Loader = Literal["ray", "local"]
 SourceFormat = Literal["hf", "meta", "torch", "dcp"]
@@ -71,7 +73,7 @@ class DataConfig:
         False, "continue a run although its data or their order have changed; recorded"
     )
     seq_len: int = key(2048, "tokens per training sample", ge=1)
-    batch_size: int = key(8, "samples per worker and micro-step", ge=1)
+    batch_size: int = key(8, "samples per data-parallel worker and micro-step", ge=1)
     seed: int | None = key(None, "seed of the data order; default: the top-level `seed`", ge=0)
     document_mask: bool = key(
         False, "keep the documents of a training sample apart; default: attend across them"
@@ -143,10 +145,35 @@ class ModelConfig:
 @dataclass
 class DistributedConfig:
     fsdp_type: FsdpType = key(
-        "full_shard", "full_shard: free weights after forward; shard_grad_op: keep them"
+        "full_shard",
+        "full_shard: free weights after forward; shard_grad_op: keep them until after backward; "
+        "no_shard: every worker holds all (as DDP)",
+    )
+    dp_replicate: int | None = key(
+        None, "groups that each hold the model once (HSDP); default: 1, or as dp_shard leaves", ge=1
+    )
+    dp_shard: int | None = key(
+        None, "workers that share the weights of a group, e.g. those of a node; default: all", ge=1
+    )
+    tp_size: int = key(
+        1, "workers that compute the same rows together (tensor and sequence parallel)", ge=1
     )
     model_dtype: Dtype = key("bf16", "compute type of the layers; master weights stay fp32")
-    compile: bool = key(False, "torch.compile each layer")
+    activation_checkpointing: Recompute = key(
+        "none",
+        "what backward computes again: none, full: each layer from its input, selective: all but "
+        "the results of activation_checkpointing_save",
+    )
+    activation_checkpointing_save: list[str] = key(
+        [], "selective: operators whose results are kept, e.g. aten.mm; default: matmuls, attention"
+    )
+    compile: bool = key(False, "torch.compile each layer; layers share what is compiled")
+    float8_recipe: Float8Recipe | None = key(
+        None, "linear layers in float8 (torchao; on CPUs an emulation, for tests); default: none"
+    )
+    float8_filter: str = key(
+        r"layers\.[0-9]+\.", "regular expression of the linear layers that float8_recipe is for"
+    )
     attn_impl: AttentionImpl = key(
         "auto", "attention backend; auto: sdpa, or on GPUs one that a trial at the start proves"
     )
@@ -211,7 +238,7 @@ class LoggingConfig:
 
 @dataclass
 class RayConfig:
-    num_workers: int = key(1, "training workers (data-parallel ranks)", ge=1)
+    num_workers: int = key(1, "training workers: processes that train one model", ge=1)
     cpus_per_worker: int = key(1, "CPUs per worker", ge=1)
     use_gpu: bool | None = key(None, "one GPU per worker; default: if the cluster has GPUs")
     max_failures: int = key(3, "restarts of the workers after a crash", ge=0)

@@ -124,20 +124,23 @@ class Validation:
         """Sums over this rank's share of `documents`; 0 for each document of another rank."""
         # The ranks gather sharded weights together: each makes the same number of passes, of the
         # same width (which decides how many chunks there are), where need be with empty rows.
-        together = world.size * self._batch_size
+        together = world.data_size * self._batch_size
+        step = math.lcm(_WIDTHS, world.tp_size)  # which split tokens evenly
         losses = LossSums.zeros(self._seq_len)
         by_document = torch.zeros(len(documents), dtype=torch.float64)
         n_bytes = 0
         for first in range(0, len(documents), together):
             everyone = documents[first : first + together]
-            mine = everyone[world.rank :: world.size]
+            mine = everyone[world.data_rank :: world.data_size]
             longest = max(map(len, everyone)) - 1
-            width = min(-(-longest // _WIDTHS) * _WIDTHS, self._seq_len)
+            width = min(-(-longest // step) * step, self._seq_len)
             inputs, targets = pad(mine, width)
             nll = model(inputs.to(world.device), targets.to(world.device))
             losses.accumulate(nll, targets != IGNORE)
             sums = nll.double().cpu().where(targets != IGNORE, 0.0).sum(1)
-            by_document[first + world.rank : first + together : world.size] = sums[: len(mine)]
+            by_document[first + world.data_rank : first + together : world.data_size] = sums[
+                : len(mine)
+            ]
             n_bytes += sum(text_bytes(self._tokenizer, d[None]) for d in mine)
         return _Sums(losses, n_bytes, by_document.tolist())
 
@@ -145,7 +148,7 @@ class Validation:
 def _over_ranks(share: _Sums, world: World) -> _Sums:
     """The sums of all ranks' shares. A collective."""
     losses = share.losses
-    n_bytes, *flat = world.sum(
+    n_bytes, *flat = world.sum_over_rows(
         share.n_bytes, *losses.nll.tolist(), *losses.count.tolist(), *share.documents
     )
     width = len(losses.nll)

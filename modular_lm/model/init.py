@@ -35,7 +35,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
         if parameter.is_meta:
             raise ValueError(f"parameter {name}: is on the meta device, call to_empty first")
         full = draw(starts[name], parameter.shape, seed, name).to(parameter.dtype)
-        _fill(parameter, full)
+        fill(parameter, full)
 
 
 def draw(start: Initial, shape: torch.Size, seed: int, name: str) -> Tensor:
@@ -59,7 +59,9 @@ def _collect(model: nn.Module) -> dict[str, Initial]:
     return starts
 
 
-def _fill(parameter: Tensor, full: Tensor) -> None:
+@torch.no_grad()
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Write this rank's part of a whole value into a parameter. No communication."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         full = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,12 +11,12 @@ from modular_lm.model.aggregation import make_sites
 from modular_lm.model.attention import ANYWHERE, Backends
 from modular_lm.model.block import Block
 from modular_lm.model.columns import Column, default_route, layers_of
-from modular_lm.model.layers import Initial, RMSNorm, linear, normal, precise
+from modular_lm.model.layers import Initial, RMSNorm, linear, normal
 from modular_lm.model.modular import Body, State
 from modular_lm.model.sizes import column_names, column_number
+from modular_lm.model.spread import IGNORE, Spread, Whole
 
-IGNORE = -1
-"""A target that is not scored: its loss is 0."""
+__all__ = ["IGNORE", "LOGITS_AT_ONCE", "LanguageModel"]
 
 LOGITS_AT_ONCE = 2**29
 """More logits than these (2 GiB in fp32) are not held at once when training: the loss is then
@@ -37,6 +36,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.backends: Backends = ANYWHERE
         """Who computes attention over whole sequences; see `attention.choose_backends`."""
+        self.spread: Spread = Whole()
+        """How the computation is spread over processes; see `spread`."""
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.columns = nn.ModuleDict({name: Column(config) for name in config.module_names})
@@ -79,7 +80,7 @@ class LanguageModel(nn.Module):
         h = self._body().run_chunks(self.tok_embeddings(tokens), documents, routes)
         h = self.norm(h)
         if targets is None:
-            return self._logits(h)
+            return self.spread.logits(h, self._head)
         losses = self._losses(h.flatten(0, 1), targets.flatten())
         # Not a view: FSDP's hook on an output is lost when a view of it is changed in place.
         return losses.view_as(targets).clone()
@@ -109,17 +110,17 @@ class LanguageModel(nn.Module):
         methods.
         """
         h, state = self._body(route).run_pieces(self.tok_embeddings(tokens), state)
-        return self._logits(self.norm(h)), state
+        return self.spread.logits(self.norm(h), self._head), state
 
     def _body(self, route: str | None = None) -> Body:
         config = self.config
         number = default_route(config) if route is None else column_number(config, route)
         columns = tuple(layers_of(self, name) for name in self.column_names)
-        return Body(config, columns, self.aggs, number, self.backends)
+        return Body(config, columns, self.aggs, number, self.backends, self.spread)
 
-    def _logits(self, h: Tensor) -> Tensor:
-        head = self.tok_embeddings if self.output is None else self.output
-        return F.linear(h, head.weight)
+    @property
+    def _head(self) -> Tensor:
+        return (self.tok_embeddings if self.output is None else self.output).weight
 
     def _losses(self, h: Tensor, targets: Tensor) -> Tensor:
         """h: [N, D], targets: [N] -> [N]."""
@@ -134,6 +135,4 @@ class LanguageModel(nn.Module):
         return torch.cat(losses)
 
     def _slice_losses(self, h: Tensor, targets: Tensor) -> Tensor:
-        logits = self._logits(h)
-        wide = logits.to(precise(logits.dtype))
-        return F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="none")
+        return self.spread.losses(h, self._head, targets)

@@ -28,6 +28,7 @@ from modular_lm.model.layers import Rope, make_rope
 from modular_lm.model.masks import causal
 from modular_lm.model.mixers import MixerState, Segments
 from modular_lm.model.sizes import sizes_of
+from modular_lm.model.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Body:
     """The layers and sites of a model, with the config that arranges them; owns no parameters.
 
     columns: the layers of each column, the base first; route: the number of the one to run;
-    backends: who computes attention over whole sequences (decoding is SDPA's)
+    backends: who computes attention over whole sequences (decoding is SDPA's); spread: over which
+    processes (decoding: one)
     """
 
     config: ModelConfig
@@ -75,6 +77,7 @@ class Body:
     aggs: nn.ModuleList
     route: int
     backends: Backends
+    spread: Spread
 
     def run_chunks(
         self, h: Tensor, documents: Tensor | None = None, routes: Tensor | None = None
@@ -97,12 +100,14 @@ class Body:
             documents = documents.unflatten(1, (n_chunks, length))
         segments = self._whole_chunks(n_chunks, length, h, documents)
         memory = self._memory_mask(n_chunks, length, h, documents)
-        h = h.unflatten(1, (n_chunks, length)).flatten(0, 1)
+        h = self.spread.scatter(h.unflatten(1, (n_chunks, length)).flatten(0, 1))
         for number, module in enumerate(sizes_of(self.config).modules):
             if number > 0 and n_chunks > 1 and len(self.aggs):
-                chunks = h.unflatten(0, (batch, n_chunks))
+                chunks = self.spread.gather(h).unflatten(0, (batch, n_chunks))
                 h = self.aggs[number - 1](chunks, documents, memory).flatten(0, 1)
+                h = self.spread.scatter(h)
             h = self._run_module(module, h, segments, routes)
+        h = self.spread.gather(h)
         return h.unflatten(0, (batch, n_chunks)).flatten(1, 2)[:, :total]
 
     def _run_module(

@@ -49,7 +49,7 @@ def _train(run: Run) -> int:
     from modular_lm.parallel import init_world
     from modular_lm.train.worker import train_rank
 
-    world = init_world()
+    world = init_world(run.config.distributed)
 
     def record(kind: str, fields: dict[str, Any]) -> None:
         if world.rank == 0:
@@ -58,7 +58,7 @@ def _train(run: Run) -> int:
     try:
         hosts = world.gather(socket.gethostname())
         start = world.broadcast(run.begin_attempt(hosts) if world.rank == 0 else None)
-        loader = LocalLoader(run.dataset, run.global_batch_size, world.rank, world.size)
+        loader = LocalLoader(run.dataset, run.global_batch_size, world.data_rank, world.data_size)
         steps = loader.steps(start, run.stop_step)
         return train_rank(run, world, start, steps, record).step
     finally:

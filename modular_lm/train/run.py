@@ -29,6 +29,7 @@ from modular_lm.config.checks import (
     resolve,
     warnings_of,
 )
+from modular_lm.config.distributed import mesh_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.data.dataset import Dataset
 from modular_lm.data.fingerprint import differences
@@ -348,8 +349,10 @@ def _stored_batch(
             f"but this run has {stored}; choose them so that their product with the number of "
             f"workers is {stored}, or leave them as they were (accumulation then follows)"
         )
-    if stored < world_size:
+    ranks = mesh_sizes(config.distributed, world_size).data
+    if stored < ranks:
         raise ConfigError(
-            f"ray.num_workers={world_size}: more workers than the {stored} samples of a step"
+            f"ray.num_workers={world_size}: more data-parallel workers ({ranks}) than the {stored} "
+            "samples of a step"
         )
     return stored

@@ -19,7 +19,7 @@ from modular_lm.config import TrainConfig
 from modular_lm.data.dataset import StepRows, document_ids, micro_batches
 from modular_lm.model.lm import LanguageModel
 from modular_lm.optim import Optimizers, learning_rate, local_squares, scale_gradients
-from modular_lm.parallel import World, sync_gradients
+from modular_lm.parallel import World, begin_micro_step
 from modular_lm.tokenizer import Tokenizer
 
 
@@ -90,7 +90,7 @@ class Stepper:
         own_nll = self._backward(rows)
         parameters = list(self.model.parameters())
         squares = local_squares(parameters, self.world.device)
-        sums = torch.stack((own_nll.double(), squares))
+        sums = torch.stack((own_nll.double() * self.world.counts_rows, squares))
         dist.all_reduce(sums)
         nll, norm = sums[0], sums[1].sqrt()
         scale_gradients(parameters, norm, c.clip)
@@ -100,14 +100,14 @@ class Stepper:
 
     def _backward(self, rows: StepRows) -> Tensor:
         """Gradients of the mean loss; this rank's summed nll."""
-        most = -(-self.global_batch_size // self.world.size)
+        most = -(-self.global_batch_size // self.world.data_size)
         parts = micro_batches(rows.tokens, most, self.config.data.batch_size)
         nll = torch.zeros((), device=self.world.device)
         for i, part in enumerate(parts):
-            sync_gradients(self.model, i == len(parts) - 1)
+            begin_micro_step(self.model, self.config.distributed, last=i == len(parts) - 1)
             loss = self._loss(part) if len(part) else self._idle()
-            # FSDP averages gradients over the ranks; undo that, a mean over tokens is wanted.
-            (loss * (self.world.size / self.tokens)).backward()
+            # FSDP averages gradients over data-parallel ranks; a mean over tokens is wanted.
+            (loss * (self.world.data_size / self.tokens)).backward()
             nll += loss.detach()
         return nll
 

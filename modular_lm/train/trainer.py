@@ -86,7 +86,7 @@ class Trainer:
         c = self.config
         self.model = build_model(c, self.world)
         self.optimizers = build_optimizers(self.model, c.optim)
-        self._stepper = Stepper(
+        self.stepper = Stepper(
             c, self.world, self.model, self.optimizers, self.tokenizer, self.global_batch_size
         )
         self.stability = Stability(
@@ -98,7 +98,7 @@ class Trainer:
         self.last_loss: float | None = None
         self._saved_step = 0
         self._clock = Stopwatch()
-        self._tokens_per_step = self._stepper.tokens
+        self._tokens_per_step = self.stepper.tokens
         self._flops_per_token = flops_per_token(c.model, c.data.seq_len)
         peak = device_peak(self.world.device)
         self._peak = peak * self.world.size if peak else None
@@ -143,7 +143,7 @@ class Trainer:
                 self._save()
                 return Outcome("stopped", self.step, self.last_loss)
             assert isinstance(rows, StepRows)
-            result = self._stepper.step(rows)
+            result = self.stepper.step(rows)
             self.step += 1
             self.stability.follow(result)
             self.tokens += self._tokens_per_step
@@ -166,7 +166,9 @@ class Trainer:
             return error
         self._clock.waited += time.perf_counter() - asked
         expected = np.arange(
-            *rank_range(self.step, self.global_batch_size, self.world.rank, self.world.size)
+            *rank_range(
+                self.step, self.global_batch_size, self.world.data_rank, self.world.data_size
+            )
         )
         if rows is None or not np.array_equal(rows.index, expected):
             got = "nothing" if rows is None else f"{rows.index[:1]}..{rows.index[-1:]}"
@@ -216,7 +218,7 @@ class Trainer:
         if self._saved_step == self.step:
             return
         self.stability.settle()
-        seen = self._digest(*self.world.sum(*self._halves()))
+        seen = self._digest(*self.world.sum_over_rows(*self._halves()))
         state = TrainState(
             self.step,
             self.global_batch_size,
@@ -251,7 +253,7 @@ class Trainer:
         self.stability.settle()
         figures = result.read()
         n_bytes = text_bytes(self.tokenizer, result.rows.tokens)
-        total_bytes, low, high = self.world.sum(float(n_bytes), *self._halves())
+        total_bytes, low, high = self.world.sum_over_rows(float(n_bytes), *self._halves())
         self.last_loss = figures.nll / self._tokens_per_step
         self.callbacks.metrics(
             {

@@ -77,7 +77,6 @@ def test_the_table_holds_for_the_command_line_too(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     ("part", "key"),
     [
-        ("distributed: {tp_size: 2}", "distributed.tp_size=2"),
         (
             "checkpoint: {continue_training_from_init: true}",
             "checkpoint.continue_training_from_init=True",

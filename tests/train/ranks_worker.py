@@ -71,7 +71,7 @@ def rows(world: World, batch: int, start: int = 0) -> Iterator[StepRows]:
     """This rank's rows of every step from `start` on; all ranks together hold the same ones."""
     for step in range(start, STEPS):
         tokens = np.random.default_rng(step).integers(0, 64, (batch, T + 1), dtype=np.uint16)
-        first, last = rank_range(step, batch, world.rank, world.size)
+        first, last = rank_range(step, batch, world.data_rank, world.data_size)
         yield StepRows(
             step, np.arange(first, last), tokens[first - step * batch : last - step * batch]
         )

@@ -15,11 +15,12 @@ from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import resolve
 from modular_lm.config.schema import PrepareConfig, TokenizerConfig
 from modular_lm.data.prepare import prepare_sources
+from modular_lm.errors import ConfigError
 from modular_lm.model.columns import freeze
 from modular_lm.model.flops import flops_per_token
 from modular_lm.model.lm import LanguageModel
 from modular_lm.optim import build_optimizers
-from modular_lm.train.dry_run import describe, memory_estimate
+from modular_lm.train.dry_run import Memory, describe, memory_estimate
 from ray_jobs import train
 from tests.support import REPO
 
@@ -152,10 +153,10 @@ def test_state_memory_is_that_of_weights_gradients_and_moments(mode: str, optimi
     optimizers.step()
     tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizers.state_of(p).values())]
     held = sum(t.nbytes for t in tensors if t is not None and t.ndim)  # without step counters
-    state, _ = memory_estimate(config, 1)
-    assert state * 2**20 == held
+    alone, shared = memory_estimate(config, 1), memory_estimate(config, 4)
+    assert alone.state == held
     # Sharded evenly over the workers; a worker's activations are its own.
-    assert memory_estimate(config, 4) == (state / 4, memory_estimate(config, 1)[1])
+    assert (shared.state, shared.activations) == (held / 4, alone.activations)
 
 
 @pytest.mark.parametrize(
@@ -179,18 +180,51 @@ def test_columns_are_shown_and_those_that_do_not_learn_cost_only_their_weights(
     assert number(rows["parameters"]) == total
     assert rows["columns"] == "base, law, code"
     assert rows["learning"] == f"{learning}, {trained:,} parameters"
-    state, activations = memory_estimate(config, 1)
-    assert state * 2**20 == 4 * total + 12 * trained
-    assert activations == memory_estimate(tiny(*keys), 1)[1], "one column runs at a time"
+    need = memory_estimate(config, 1)
+    assert need.state == 4 * total + 12 * trained
+    dense = memory_estimate(tiny(*keys), 1)
+    assert need.activations == dense.activations, "one column runs at a time"
     assert "columns" not in figures(describe(tiny(*keys), 1))
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_bf16() -> None:
     def activations(*args: str) -> float:
-        return memory_estimate(tiny("model.module_seq_len=16", *args), 1)[1]
+        return memory_estimate(tiny("model.module_seq_len=16", *args), 1).activations
 
     one = activations("data.batch_size=1")
     assert activations("data.batch_size=6") == pytest.approx(6 * one)
     assert activations("data.batch_size=1", "grad_acc_steps=6") == one
     full = activations("data.batch_size=1", "distributed.model_dtype=fp32")
     assert one < full < 2 * one  # the logits stay fp32
+
+
+def test_memory_follows_from_how_the_model_is_spread() -> None:
+    def need(world_size: int, *args: str) -> Memory:
+        keys = [f"distributed.{arg}" for arg in args]
+        return memory_estimate(tiny("model.module_seq_len=16", *keys), world_size)
+
+    one = need(1)
+    assert need(8).state == one.state / 8
+    assert need(8, "dp_shard=2").state == one.state / 2
+    assert need(8, "fsdp_type=no_shard").state == one.state
+    assert need(8, "fsdp_type=no_shard", "tp_size=2").state == one.state / 2
+    assert need(8, "tp_size=2").state == one.state / 8
+    whole = need(8, "fsdp_type=shard_grad_op").copies
+    assert need(8, "fsdp_type=no_shard").copies == whole > need(8, "tp_size=2").copies
+    assert need(1, "model_dtype=fp32").copies == 0
+    deep = ("model.module_seq_len=16", "model.n_layers=12")
+    none, selective, full = (
+        memory_estimate(tiny(*deep, f"distributed.activation_checkpointing={mode}"), 1)
+        for mode in ("none", "selective", "full")
+    )
+    assert none.activations > selective.activations > full.activations
+    assert one.activations / 4 < need(4, "tp_size=4").activations < one.activations
+
+
+def test_workers_are_counted_by_what_they_share() -> None:
+    config = tiny("model.module_seq_len=16", "distributed.tp_size=2", "distributed.dp_shard=2")
+    rows = figures(describe(config, 8))
+    assert rows["workers"] == "8 (2 replicas x 2 shards x 2 tensor parallel)"
+    assert number(rows["samples per step"]) == 4 * config.data.batch_size
+    with pytest.raises(ConfigError, match=r"tp_size=2.*cannot be made of 7 workers"):
+        describe(config, 7)

@@ -1,0 +1,84 @@
+"""Linear layers in float8, through torchao: weights and activations are cast around each matmul.
+
+Master weights and their gradients stay as they are. CPUs without float8 kernels emulate them, which
+shows the numerics and not the speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+
+import torch
+from torch import nn
+
+from modular_lm.config.schema import DistributedConfig
+from modular_lm.errors import ConfigError, reason
+
+log = logging.getLogger(__name__)
+
+_MULTIPLE = 16
+"""Kernels want both sides of a matrix to be a multiple of this."""
+
+
+def convert_to_float8(model: nn.Module, config: DistributedConfig, device: torch.device) -> None:
+    """Let the linear layers whose name `float8_filter` finds compute in float8, in place.
+
+    Raises ConfigError where torchao is absent, the recipe cannot run on `device`, or there is no
+    such layer.
+    """
+    recipe = config.float8_recipe
+    if recipe is None:
+        return
+    key = f"distributed.float8_recipe={recipe}"
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}: needs torchao ({reason(error)}); pip install 'modular-lm[float8]'"
+        ) from None
+    _check_device(key, recipe, device)
+    names = _wanted(model, config.float8_filter)
+    if not names:
+        raise ConfigError(
+            f"distributed.float8_filter={config.float8_filter}: finds no linear layer whose sides "
+            f"are multiples of {_MULTIPLE}; they have names like layers.0.feed_forward.w1"
+        )
+    settings = Float8LinearConfig.from_recipe_name(recipe)
+    if device.type == "cpu":
+        settings = dataclasses.replace(settings, emulate=True)
+    convert_to_float8_training(
+        model, module_filter_fn=lambda module, name: name in names, config=settings
+    )
+    log.info("float8 (%s): %d linear layers", recipe, len(names))
+
+
+def _wanted(model: nn.Module, pattern: str) -> set[str]:
+    """The names of the linear layers that the pattern finds and kernels can compute."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"distributed.float8_filter={pattern}: is no regular expression: {error}"
+        ) from None
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and expression.search(f"{name}.")
+        and module.in_features % _MULTIPLE == 0
+        and module.out_features % _MULTIPLE == 0
+    }
+
+
+def _check_device(key: str, recipe: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    need = (8, 9) if recipe == "tensorwise" else (9, 0)
+    have = torch.cuda.get_device_capability(device)
+    if have < need:
+        raise ConfigError(
+            f"{key}: needs a GPU of compute capability {need[0]}.{need[1]}, this is {have[0]}."
+            f"{have[1]} ({torch.cuda.get_device_name(device)}); leave the key out"
+        )
