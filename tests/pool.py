@@ -207,6 +207,7 @@ def _perform(
     group = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=group, rank=rank, world_size=size)
     try:
+        dist.barrier()  # nobody may leave before all have joined
         return task(*args)
     finally:
         dist.destroy_process_group()

@@ -51,7 +51,7 @@ class World:
 
     @property
     def counts_rows(self) -> bool:
-        """Whether this rank's rows count in a sum over all ranks: one of peers who have the same."""
+        """Whether this rank counts what belongs to rows, which peers of it have, too."""
         return self.rank % self.tp_size == 0
 
     def sum(self, *values: float) -> list[float]:

@@ -95,8 +95,8 @@ def _shape(mesh: MeshSizes) -> str:
 def memory_estimate(config: TrainConfig, world_size: int) -> Memory:
     """What one of `world_size` workers needs.
 
-    State is 16 bytes a parameter that learns (12 under Muon) and 4 of any other, over all that share
-    them; the rest is a rough estimate.
+    State is 16 bytes a parameter that learns (12 under Muon) and 4 of any other, over all that
+    share them; the rest is a rough estimate.
     """
     mesh, m = mesh_sizes(config.distributed, world_size), config.model
     total, trained = parameters(m).total, trained_parameters(m)
