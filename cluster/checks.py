@@ -138,6 +138,7 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
     gpus = options.nodes * (options.gpus_per_node or 0)
     if gpus and "num_workers" not in (given.get("ray") or {}):
         given = {**given, "ray": {**(given.get("ray") or {}), "num_workers": gpus}}
+    given = {key: value for key, value in given.items() if key != "dry_run"}
     config = from_dict(TrainConfig, given)
     dump_dir = _folder(dump_dir_of(config))
     # A run that is to be deleted is none that could be continued.

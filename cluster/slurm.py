@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,7 +87,8 @@ def main(options: LaunchConfig, args: Sequence[str]) -> int:
     """The command line, whose `args` are those for the job's config. Returns the exit code."""
     requests = [[f"config={file}", *args] for file in options.configs] or [list(args)]
     again = [arg for arg in sys.argv[1:] if arg.partition("=")[0] not in ("dry_run", "yes")]
-    launch = prepare(options, requests, shlex.join(again), is_array=bool(options.configs))
+    is_array = bool(options.configs)
+    launch = prepare(options, requests, lambda _: again, is_array=is_array)
     for job in launch.jobs:
         if job.complete:
             print(f"{job.name} is complete: {job.dump_dir}", file=sys.stderr)
@@ -108,11 +110,16 @@ def main(options: LaunchConfig, args: Sequence[str]) -> int:
 
 
 def prepare(
-    options: LaunchConfig, requests: Sequence[Sequence[str]], command: str, *, is_array: bool
+    options: LaunchConfig,
+    requests: Sequence[Sequence[str]],
+    again: Callable[[Sequence[Job]], Sequence[str]],
+    *,
+    is_array: bool,
 ) -> Launch:
     """Check everything; writes nothing. Raises UserFacingError.
 
-    requests: for each job the arguments of its config; command: the launcher's own arguments.
+    requests: for each job the arguments of its config; again: the arguments that submit these jobs
+    once more, for who reads the script.
     """
     check_options(options)
     if options.launcher == "bash":
@@ -137,7 +144,7 @@ def prepare(
     script = batch_script(
         options,
         [job.dump_dir for job in todo],
-        command=f"cd {shlex.quote(os.getcwd())} && {_COMMAND} {command}",
+        command=f"cd {shlex.quote(os.getcwd())} && {_COMMAND} {shlex.join(again(todo))}",
         name=todo[0].name,
         setup=setup,
         array_dir=array_dir,
@@ -155,8 +162,15 @@ def _inside_allocation(options: LaunchConfig) -> LaunchConfig:
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if options.nodes not in (1, nodes):
         raise ConfigError(f"nodes={options.nodes}: the allocation has {nodes}")
-    # Nothing would start what was typed into a shell again.
-    return replace(options, nodes=nodes, requeue=False)
+    cpus, gpus = options.cpus_per_node, options.gpus_per_node
+    # E.g. "8(x2),4": eight on each of two nodes, four on a third.
+    each = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    if cpus is None and each:
+        cpus = min(map(int, each))
+    if gpus is None and "SLURM_GPUS_ON_NODE" in os.environ:
+        gpus = int(os.environ["SLURM_GPUS_ON_NODE"])
+    # Nothing would start again what was typed into a shell.
+    return replace(options, nodes=nodes, cpus_per_node=cpus, gpus_per_node=gpus, requeue=False)
 
 
 def _check_distinct(jobs: Sequence[Job]) -> None:
@@ -254,11 +268,26 @@ def _launch_from_python(
         raise ConfigError("launcher=bash, dry_run and configs are for the command line")
     with _as_files(configs) as files:
         requests = [[f"config={file}", *overrides] for file in files]
-        given = [f"{name}={value}" for name, value in options.items()]
-        launch = prepare(own, requests, shlex.join([*given, *overrides]), is_array=is_array)
+        launch = prepare(own, requests, lambda jobs: _again(jobs, options), is_array=is_array)
     ids = submit_launch(launch) if launch.todo else []
     found = {job.dump_dir: job_id for job, job_id in zip(launch.todo, ids, strict=True)}
     return [found.get(job.dump_dir) for job in launch.jobs]
+
+
+def _again(jobs: Sequence[Job], options: Mapping[str, Any]) -> list[str]:
+    """The command line that does the same with the configs that are in the jobs' folders."""
+    configs = [f"{job.dump_dir}/base_config.yaml" for job in jobs]
+    config = f"config={configs[0]}" if len(jobs) == 1 else f"configs=[{','.join(configs)}]"
+    given = {name: value for name, value in options.items() if name != "yes"}
+    return [config, *(f"{name}={_shown(value)}" for name, value in given.items())]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,25 @@ def test_variables_that_would_win_over_options_do_not_reach_sbatch() -> None:
     }
 
 
+def test_inside_an_allocation_the_job_gets_what_that_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = LaunchConfig(launcher="bash"), [[f"config={DEBUG}"]], lambda _: []
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ConfigError, match="launcher=bash: this is no allocation"):
+        prepare(*asked, is_array=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "8(x2),4")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    launch = prepare(*asked, is_array=False)
+    assert (launch.options.nodes, launch.options.cpus_per_node) == (3, 4)
+    assert (launch.options.gpus_per_node, launch.options.requeue) == (2, False)
+    with pytest.raises(ConfigError, match="nodes=2: the allocation has 3"):
+        prepare(LaunchConfig(launcher="bash", nodes=2), *asked[1:], is_array=False)
+
+
 @pytest.fixture
 def here(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     """The session's SLURM for this process, which then works in `tmp_path`; no job is left."""
@@ -134,6 +153,8 @@ def test_a_job_is_submitted_from_python(here: Slurm, tmp_path: Path) -> None:
     assert (plan.nodes, plan.cpus_per_node, plan.gpus_per_node) == (2, 3, 0)
     assert plan.arguments == [f"config={folder.base_config}"]
     assert "steps: 9" in folder.base_config.read_text()
+    again = f"python -m cluster.slurm config={folder.base_config} nodes=2 "
+    assert again in (folder.path / "submit.slurm").read_text()
     log = (folder.logs / f"slurm-{job}.out").read_text()
     assert log.splitlines()[-1] == str(plan_file(folder.path))
     with pytest.raises(ConfigError, match="unknown key nodez: did you mean nodes"):
@@ -192,7 +213,9 @@ def test_dry_run_prints_the_script_and_writes_nothing(here: Slurm, tmp_path: Pat
 
 @pytest.mark.slurm
 def test_a_submission_that_fails_after_all_leaves_nothing(here: Slurm, tmp_path: Path) -> None:
-    launch = prepare(LaunchConfig(), [[f"config={DEBUG}", "dump_dir=x"]], "", is_array=False)
+    launch = prepare(
+        LaunchConfig(), [[f"config={DEBUG}", "dump_dir=x"]], lambda _: [], is_array=False
+    )
     # Between the trial and the submission the partition is closed.
     here.run("scontrol", "update", "PartitionName=main", "State=INACTIVE")
     try:
