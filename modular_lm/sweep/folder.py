@@ -1,6 +1,6 @@
 """What lies in a sweep's folder, and the state of its trials.
 
-    sweep.yaml                resolved definition: all keys of the sweep, its budget, its baseline
+    sweep.yaml                resolved definition: all keys, also those of sweep.base
     trials/<trial>/           an ordinary run folder (`tracking.run_folder`), and in it
         trial.json            what the trial is, and how it stands (below)
     report.html report.md     written by `report`, again and again
@@ -33,10 +33,11 @@ from typing import Any, Literal, get_args
 import yaml
 
 from modular_lm.config.checks import flatten
-from modular_lm.config.load import to_yaml
+from modular_lm.config.load import to_dict, to_yaml
+from modular_lm.config.sweep import SweepConfig
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.files import write_text_atomic
-from modular_lm.sweep.trials import Plan, Trial
+from modular_lm.sweep.trials import Plan, Trial, merge
 from modular_lm.tracking.run_folder import RunFolder
 
 Status = Literal["pending", "running", "done", "stopped", "failed"]
@@ -73,7 +74,7 @@ class SweepFolder:
     def trial_file(self, trial: str) -> Path:
         return self.run(trial).path / "trial.json"
 
-    def begin(self, plan: Plan, definition: Mapping[str, Any]) -> None:
+    def begin(self, plan: Plan, config: SweepConfig) -> None:
         """Write the definition, and a `trial.json` for each trial that has none.
 
         Trials that are there keep their state: the same sweep again goes on, and one with further
@@ -86,7 +87,7 @@ class SweepFolder:
             if old := known[record["name"]]:
                 _check_same(self.path, old, record)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(self.definition, to_yaml(dict(definition)))
+        write_text_atomic(self.definition, to_yaml(resolved(plan, config)))
         for record in records:
             old = known[record["name"]] or record
             self.write({**record, **{key: old[key] for key in ("status", "why", "attempts")}})
@@ -143,6 +144,13 @@ class SweepFolder:
         if not isinstance(definition, dict):
             raise DataError(f"{self.definition}: expected a mapping of keys")
         return definition
+
+
+def resolved(plan: Plan, config: SweepConfig) -> dict[str, Any]:
+    """All keys of a sweep's definition, which needs no other file and no default any more."""
+    values = merge(to_dict(config), plan.base)
+    sweep = {"base": None, "baseline": plan.baseline, "amount": plan.amount}
+    return {**values, "dump_dir": str(plan.folder), "sweep": {**values["sweep"], **sweep}}
 
 
 def describe(plan: Plan, trial: Trial) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def base_values(config: SweepConfig, given: Mapping[str, Any]) -> dict[str, Any]
             values = load_config(TrainConfig, [f"config={config.sweep.base}"])[1]
         except ConfigError as error:
             raise ConfigError(f"sweep.base: {error}") from error
-    _merge(values, {k: v for k, v in given.items() if k not in ("sweep", "name", "dump_dir")})
+    values = merge(values, {k: v for k, v in given.items() if k != "sweep"})
     for key in ("name", "dump_dir", "dry_run", "stop_at"):
         values.pop(key, None)
     return values
@@ -265,12 +265,14 @@ def _words(name: TokenizerName, path: str | None) -> int:
     return build_tokenizer(TokenizerConfig(name, path)).n_words
 
 
-def _merge(values: dict[str, Any], over: Mapping[str, Any], prefix: str = "") -> None:
-    """Set what `over` sets; a group is merged key by key, a value replaced."""
+def merge(values: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` with what `over` sets: groups are merged key by key, values replaced."""
+    merged = dict(values)
     for name, value in over.items():
-        full = f"{prefix}{name}"
-        is_group = isinstance(value, dict) and full not in leaf_keys(TrainConfig)
-        if is_group and isinstance(values.get(name), dict):
-            _merge(values[name], value, f"{full}.")
+        full, old = f"{prefix}{name}", values.get(name)
+        is_group = isinstance(value, Mapping) and full not in leaf_keys(TrainConfig)
+        if is_group and isinstance(old, Mapping):
+            merged[name] = merge(old, value, f"{full}.")
         else:
-            values[name] = copy.deepcopy(value)
+            merged[name] = copy.deepcopy(value)
+    return merged

@@ -30,7 +30,7 @@ def begun(folder: Path, *args: str) -> tuple[SweepFolder, Plan]:
     """Its folder, with trials that are pending."""
     config, _, plan = planned(folder, *args)
     made = SweepFolder(folder)
-    made.begin(plan, to_dict(config))
+    made.begin(plan, config)
     return made, plan
 
 

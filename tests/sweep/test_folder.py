@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from modular_lm.config import to_dict
+from modular_lm.config import SweepConfig, TrainConfig, load_config
+from modular_lm.config.load import from_dict
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.space import Variant
 from modular_lm.sweep.trials import plan_sweep, suggested_arm
-from tests.sweep.made_sweep import begun, planned
+from tests.sweep.made_sweep import DEBUG, begun, planned
 
 ARMS = "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}}"
 MORE = ARMS[:-1] + ", sum: {model.module_agg: sum}}"
@@ -20,7 +21,7 @@ MORE = ARMS[:-1] + ", sum: {model.module_agg: sum}}"
 
 def again(folder: SweepFolder, *args: str) -> None:
     config, _, plan = planned(folder.path, *args)
-    folder.begin(plan, to_dict(config))
+    folder.begin(plan, config)
 
 
 def test_trials_are_listed_by_arm_and_seed(tmp_path: Path) -> None:
@@ -75,12 +76,29 @@ def test_a_trial_cannot_become_another_one(tmp_path: Path, change: str, expected
     assert {file: file.read_bytes() for file in sorted(folder.path.rglob("*.*"))} == before
 
 
+def test_the_written_definition_needs_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "given.yaml"
+    file.write_text(
+        f"sweep:\n  base: {DEBUG}\n  seeds: [5]\n  params: {{optim.lr: {{grid: [0.01, 0.02]}}}}\n"
+        "data: {batch_size: 4}\n"
+    )
+    config, given = load_config(SweepConfig, [f"config={file}", f"dump_dir={tmp_path / 's'}"])
+    plan, folder = plan_sweep(config, given), SweepFolder(tmp_path / "s")
+    folder.begin(plan, config)
+    again = plan_sweep(*load_config(SweepConfig, [f"config={folder.definition}"]))
+    assert (again.baseline, again.amount, again.folder) == (plan.baseline, plan.amount, plan.folder)
+    assert [arm.name for arm in again.arms] == [arm.name for arm in plan.arms]
+    for mine, other in zip(plan.trials, again.trials, strict=True):
+        assert from_dict(TrainConfig, mine.given) == from_dict(TrainConfig, other.given)
+    assert from_dict(TrainConfig, again.trials[0].given).model.dim == 128  # of the base
+
+
 def test_steps_may_be_filled_in_when_the_speed_is_known(tmp_path: Path) -> None:
     wall = (ARMS, "sweep.budget=wall", "sweep.amount=60", "sweep.seeds=[0]")
     folder, _ = begun(tmp_path / "s", *wall)
     assert [trial["steps"] for trial in folder.trials()] == [None, None]
     config, given, _ = planned(folder.path, *wall)
-    folder.begin(plan_sweep(config, given, {"dense": 0.5, "avg": 0.25}), to_dict(config))
+    folder.begin(plan_sweep(config, given, {"dense": 0.5, "avg": 0.25}), config)
     assert [trial["steps"] for trial in folder.trials()] == [120, 240]
 
 
