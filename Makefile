@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.modular
+	$(BIN)/python -m benchmarks.numerics
 	$(BIN)/python -m benchmarks.recall
 	$(BIN)/python -m benchmarks.toy_lm
 

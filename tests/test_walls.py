@@ -69,6 +69,7 @@ def test_the_library_loads_heavy_packages_only_where_used() -> None:
         ("modular_lm", ("ray_jobs", "cluster", "ray")),
         ("modular_lm/config", ("torch", *library("data", "model", "train", "eval", "tracking"))),
         ("modular_lm/model", library(*ABOVE, "data", "tokenizer", "files")),
+        ("modular_lm/parallel", library("data", "train", "eval", "tracking", "optim", "generate")),
         ("modular_lm/data", ("torch", *library(*ABOVE, "model"))),
         ("modular_lm/tracking", ("torch", *library("data", "model", "train", "eval", "parallel"))),
         ("modular_lm/eval", library("train", "tracking", "generate")),
