@@ -217,14 +217,16 @@ def _size(folder: Path) -> int:
 
 def memory_finding(config: TrainConfig, device_gib: float | None) -> Finding:
     """The estimate of `dry_run` against the memory of the device of one worker."""
-    state, activations = memory_estimate(config, config.ray.num_workers)
-    needed = state + activations
-    text = f"about {_shown(needed * 2**20)} per worker (roughly, without recomputation)"
+    needed = memory_estimate(config, config.ray.num_workers).total
+    text = f"about {_shown(needed)} per worker (roughly)"
     if device_gib is None:
         return Finding("memory", "ok", text, "device_memory=GIB compares it with a device")
     text += f", the device has {device_gib:,.1f} GiB"
-    advice = "use more workers, a smaller data.batch_size with grad_acc_steps, or model_dtype=bf16"
-    return Finding("memory", _level(needed / 1024, device_gib), text, advice)
+    advice = (
+        "use more workers, a smaller data.batch_size with grad_acc_steps, model_dtype=bf16, or "
+        "distributed.activation_checkpointing=full"
+    )
+    return Finding("memory", _level(needed / 2**30, device_gib), text, advice)
 
 
 def existing_parent(folder: Path) -> Path:
