@@ -45,10 +45,6 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
-    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What is kept for a parameter: `exp_avg`, `exp_avg_sq`, `step`, or `momentum_buffer`."""
-        return next((p.state[parameter] for p in self.parts if parameter in p.state), {})
-
 
 def _settings(group: Group, config: OptimConfig) -> dict[str, Any]:
     """The group as PyTorch's optimizers take it."""

@@ -94,7 +94,8 @@ def test_frozen_parameters_are_left_out_and_an_optimizer_without_any_too() -> No
 
 
 def everything(m: nn.Module, optimizers: Optimizers) -> list[Tensor]:
-    state = [t for p in m.parameters() for t in optimizers.state_of(p).values()]
+    states = [state for part in optimizers.parts for state in part.state.values()]
+    state = [tensor for of_parameter in states for tensor in of_parameter.values()]
     return [t.detach().clone() for t in (*m.parameters(), *state)]
 
 

@@ -151,7 +151,8 @@ def test_state_memory_is_that_of_weights_gradients_and_moments(mode: str, optimi
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     model(tokens, tokens).sum().backward()
     optimizers.step()
-    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizers.state_of(p).values())]
+    moments = [t for part in optimizers.parts for s in part.state.values() for t in s.values()]
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
     held = sum(t.nbytes for t in tensors if t is not None and t.ndim)  # without step counters
     alone, shared = memory_estimate(config, 1), memory_estimate(config, 4)
     assert alone.state == held

@@ -45,7 +45,8 @@ def poisoned_rows(steps: set[int], start: int = 0, stop: int = 12) -> Iterator[S
 
 
 def state(t: Trainer) -> list[torch.Tensor]:
-    moments = [x for p in t.model.parameters() for x in t.optimizers.state_of(p).values()]
+    states = [of_parameter for part in t.optimizers.parts for of_parameter in part.state.values()]
+    moments = [tensor for of_parameter in states for tensor in of_parameter.values()]
     return [local_part(x).detach().clone() for x in (*t.model.parameters(), *moments)]
 
 
