@@ -39,6 +39,7 @@ from modular_lm.train.trainer import Callbacks, Trainer
 from tests.pool import Pool
 
 Gradients = dict[str, npt.NDArray[np.float64]]
+Result = tuple[float, float, Gradients | None]
 
 T, ROWS = 64, 6
 MODEL = (
@@ -129,13 +130,12 @@ class Difference:
     parameter: str
 
 
-def step(keys: str) -> tuple[float, float, Gradients | None]:
+def step(keys: str) -> Result:
     """Loss, global norm and, on rank 0, whole gradients of one step. On every rank of a group."""
     tokenizer = build_tokenizer(TokenizerConfig())
     config = resolve(load_config(TrainConfig, [*MODEL.split(), *keys.split()])[0], 258)
     world = init_world(config.distributed, use_gpu=False)
-    nothing: Any = lambda *_: None  # noqa: E731
-    quiet = Callbacks(*[nothing] * 6)
+    quiet = Callbacks(*[_nothing for _ in dataclasses.fields(Callbacks)])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, world, RunFolder(Path(folder)), tokenizer, ROWS, quiet)
     _wake_sites(trainer)
@@ -155,6 +155,10 @@ def step(keys: str) -> tuple[float, float, Gradients | None]:
     return loss, result.grad_norm, found if world.rank == 0 else None
 
 
+def _nothing(*_: Any) -> Any:
+    return None
+
+
 def _wake_sites(trainer: Trainer) -> None:
     """Sites start with an output of zero, which would hide their other gradients."""
     for name, parameter in trainer.model.named_parameters():
@@ -164,8 +168,8 @@ def _wake_sites(trainer: Trainer) -> None:
 
 def compare(
     combination: Combination,
-    alone: tuple[float, float, Gradients | None],
-    ranks: Sequence[tuple[float, float, Gradients | None]],
+    alone: Result,
+    ranks: Sequence[Result],
 ) -> Difference:
     """The results of `step`, of one process and of all ranks of a combination."""
     loss, norm, expected = alone
@@ -191,7 +195,7 @@ class Options:
 
 def measure(pool: Pool, combinations: Iterable[Combination]) -> Iterator[Difference]:
     """Every combination in turn, each `of` of one process once."""
-    alone: dict[str, Any] = {}
+    alone: dict[str, Result] = {}
     for c in combinations:
         if c.of not in alone:
             (alone[c.of],) = pool.run(1, step, c.of)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.numerics import MODEL
+from benchmarks.numerics import MODEL, Combination, compare, step
 from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import resolve
 from modular_lm.model.init import init_weights
@@ -92,6 +92,42 @@ def is_plain() -> bool:
     config = tiny()
     model = build_model(config, init_world(config.distributed, use_gpu=False))
     return not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+# ------------------------------------------------------------------ the head
+
+
+def logits_off_by(keys: str) -> float:
+    """Of a spread model to a plain one, as logits of one batch of all ranks."""
+    config = tiny(keys)
+    plain = LanguageModel(config.model)
+    init_weights(plain, config.seed)
+    model = build_model(config, init_world(config.distributed, use_gpu=False))
+    tokens = torch.arange(128).view(2, 64) % 258
+    with torch.no_grad():
+        return (model(tokens) - plain(tokens)).abs().max().item()
+
+
+@pytest.mark.parametrize("tied", ["", "model.weight_tying=true"], ids=["head", "tied"])
+def test_logits_are_whole_on_every_peer_though_the_vocabulary_is_not_divisible(
+    pool: Pool, tied: str
+) -> None:
+    keys = f"model.vocab_size=259 {tied} distributed.tp_size=4"
+    assert max(pool.run(4, logits_off_by, keys)) < 1e-5
+
+
+def sliced_step(keys: str) -> Any:
+    """`step`, with the logits of no more than 16 tokens held at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modular_lm.model.lm.LOGITS_AT_ONCE", 16 * 258)
+        return step(keys)
+
+
+def test_a_loss_in_slices_is_the_same(pool: Pool) -> None:
+    c = Combination("head", "slices", 4, "distributed.tp_size=2")
+    found = compare(c, pool.run(1, step, "")[0], pool.run(4, sliced_step, c.keys))
+    assert found.loss < 1e-6
+    assert found.gradients < 1e-5
 
 
 # ------------------------------------------------------------------ the global norm
