@@ -5,6 +5,7 @@ Pure functions of the config, so that a dry run knows them; `modular_lm.parallel
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from modular_lm.config.schema import DistributedConfig, TrainConfig
@@ -48,8 +49,8 @@ def mesh_sizes(config: DistributedConfig, world_size: int) -> MeshSizes:
         raise ConfigError(
             f"distributed.dp_replicate={_shown(d.dp_replicate)}, dp_shard={_shown(d.dp_shard)}, "
             f"tp_size={d.tp_size}, fsdp_type={d.fsdp_type}: cannot be made of {world_size} "
-            f"worker{'s' * (world_size > 1)}; dp_replicate x dp_shard x tp_size must be their "
-            "number (no_shard: dp_shard 1), and what is left out of the first two is chosen so"
+            f"worker{'s' * (world_size > 1)}: dp_replicate x dp_shard x tp_size must be their "
+            "number (with no_shard dp_shard=1); leave out the first two to have them chosen"
         )
     if d.fsdp_type != "no_shard" and shard == 1 and replicate > 1:
         raise ConfigError(
@@ -60,10 +61,24 @@ def mesh_sizes(config: DistributedConfig, world_size: int) -> MeshSizes:
 
 
 def check_distributed(c: TrainConfig) -> None:
-    """What must divide by what under tensor parallelism. Raises ConfigError. c: resolved"""
+    """What can be seen of `distributed` before the number of workers is known. c: resolved
+
+    Raises ConfigError.
+    """
+    try:
+        re.compile(c.distributed.float8_filter)
+    except re.error as error:
+        raise ConfigError(
+            f"distributed.float8_filter={c.distributed.float8_filter}: is no regular expression: "
+            f"{error}"
+        ) from None
+    if c.distributed.tp_size > 1:
+        _check_tensor_parallel(c)
+
+
+def _check_tensor_parallel(c: TrainConfig) -> None:
+    """What must divide by what."""
     tp, m = c.distributed.tp_size, c.model
-    if tp == 1:
-        return
     divided = {
         "model.n_heads": m.n_heads,
         "model.n_kv_heads": m.n_kv_heads,

@@ -31,7 +31,7 @@ def build_model(config: TrainConfig, world: World) -> LanguageModel:
     """
     with torch.device("meta"):
         model = LanguageModel(config.model)
-    world.together(lambda: _choose_kernels(model, config, world.device), "this cannot be computed")
+    world.together(lambda: _choose_kernels(model, config, world), "this cannot be computed")
     if world.tp_size > 1:
         make_tensor_parallel(model, world.mesh[TP])
     freeze(model, config.model)
@@ -51,7 +51,7 @@ def build_model(config: TrainConfig, world: World) -> LanguageModel:
     return model
 
 
-def _choose_kernels(model: LanguageModel, config: TrainConfig, device: torch.device) -> None:
+def _choose_kernels(model: LanguageModel, config: TrainConfig, world: World) -> None:
     """What computes attention and linear layers on this rank. Raises ConfigError."""
     c = config.distributed
     model.backends = choose_backends(
@@ -59,9 +59,11 @@ def _choose_kernels(model: LanguageModel, config: TrainConfig, device: torch.dev
         config.model,
         seq_len=config.data.seq_len,
         document_mask=config.data.document_mask,
-        device=device,
+        device=world.device,
         dtype=DTYPES[c.model_dtype],
     )
     if c.activation_checkpointing == "selective":
         saved_operators(c)  # a mistake in their names is found here
-    convert_to_float8(model, c, device)
+    converted = convert_to_float8(model, c, world.device)
+    if converted and world.rank == 0:
+        log.info("float8 (%s): %d linear layers", c.float8_recipe, converted)

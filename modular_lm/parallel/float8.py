@@ -6,9 +6,11 @@ shows the numerics and not the speed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -16,24 +18,23 @@ from torch import nn
 from modular_lm.config.schema import DistributedConfig
 from modular_lm.errors import ConfigError, reason
 
-log = logging.getLogger(__name__)
-
 _MULTIPLE = 16
 """Kernels want both sides of a matrix to be a multiple of this."""
 
 
-def convert_to_float8(model: nn.Module, config: DistributedConfig, device: torch.device) -> None:
+def convert_to_float8(model: nn.Module, config: DistributedConfig, device: torch.device) -> int:
     """Let the linear layers whose name `float8_filter` finds compute in float8, in place.
 
-    Raises ConfigError where torchao is absent, the recipe cannot run on `device`, or there is no
-    such layer.
+    Returns how many there are. Raises ConfigError where torchao is absent, the recipe cannot run on
+    `device`, or there is no such layer.
     """
     recipe = config.float8_recipe
     if recipe is None:
-        return
+        return 0
     key = f"distributed.float8_recipe={recipe}"
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        with _without_warnings():
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ConfigError(
             f"{key}: needs torchao ({reason(error)}); pip install 'modular-lm[float8]'"
@@ -51,17 +52,23 @@ def convert_to_float8(model: nn.Module, config: DistributedConfig, device: torch
     convert_to_float8_training(
         model, module_filter_fn=lambda module, name: name in names, config=settings
     )
-    log.info("float8 (%s): %d linear layers", recipe, len(names))
+    return len(names)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """torchao tells of every kernel that it cannot load, most of which are for other machines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _wanted(model: nn.Module, pattern: str) -> set[str]:
     """The names of the linear layers that the pattern finds and kernels can compute."""
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"distributed.float8_filter={pattern}: is no regular expression: {error}"
-        ) from None
+    expression = re.compile(pattern)
     return {
         name
         for name, module in model.named_modules()

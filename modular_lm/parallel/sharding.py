@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -41,7 +41,7 @@ def shard(model: LanguageModel, config: DistributedConfig, mesh: DeviceMesh) -> 
         return  # nothing to exchange or to cast: no copies of the weights either
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     if mesh[SHARD].size() == 1:
-        # Not of the public API, but of all that torch has for this the only one on FSDP2's ground.
+        # Not of the public API yet; the public `replicate` is DDP, with hooks and names of its own.
         apply = functools.partial(replicate, mesh=data_mesh(mesh), mp_policy=policy)
         free = apply
     else:
@@ -57,9 +57,10 @@ def shard(model: LanguageModel, config: DistributedConfig, mesh: DeviceMesh) -> 
 def begin_micro_step(model: nn.Module, config: DistributedConfig, *, last: bool) -> None:
     """To be called before each forward and backward pass of an optimizer step.
 
-    Only the last one exchanges gradients, over all dimensions of the mesh, and unless weights are
-    to be freed anyway only it gives them up.
+    Only the last one exchanges gradients, over all dimensions of the mesh, and gives up the weights
+    to compute with, unless these are freed after each pass anyway.
     """
     if isinstance(model, FSDPModule):
+        freed = config.fsdp_type == "full_shard" and not isinstance(model, ReplicateModule)
         model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last or config.fsdp_type == "full_shard")
+        model.set_reshard_after_backward(last or freed)

@@ -114,3 +114,8 @@ def test_linguas_name_for_recomputation_is_understood() -> None:
         assert config(given).distributed.activation_checkpointing == ours
     with pytest.raises(ConfigError, match="selective_activation_checkpointing=2: expected one of"):
         config("distributed.selective_activation_checkpointing=2")
+
+
+def test_a_filter_must_be_a_regular_expression() -> None:
+    with pytest.raises(ConfigError, match=r"float8_filter=\(: is no regular expression"):
+        config("distributed.float8_filter=(")

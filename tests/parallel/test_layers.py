@@ -145,15 +145,10 @@ def test_float8_is_near_fp32_and_not_equal_to_it(recipe: Any) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.layers.parameters())
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [("nothing", "finds no linear layer"), ("(", "is no regular expression")],
-)
-def test_a_filter_that_finds_nothing_is_refused(pattern: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        convert_to_float8(
-            plain(), DistributedConfig(float8_recipe="rowwise", float8_filter=pattern), CPU
-        )
+def test_a_filter_that_finds_nothing_is_refused() -> None:
+    settings = DistributedConfig(float8_recipe="rowwise", float8_filter="nothing")
+    with pytest.raises(ConfigError, match="finds no linear layer"):
+        convert_to_float8(plain(), settings, CPU)
 
 
 def test_without_torchao_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
