@@ -3,10 +3,12 @@
 from=hf     folder with config.json and model.safetensors (or shards and their index)
 from=meta   folder with consolidated.00.pth (Meta) or consolidated.pth (Lingua) and params.json
 from=torch  file written by to=torch: model, config and tokenizer for torch.load
-from=dcp    checkpoint folder of this project, or a run's: then its latest
+from=dcp    checkpoint folder (or URI) of this project, or a run's: then its latest
+from=safetensors  folder written by to=safetensors
 to=dcp      checkpoint folder, for ckpt= of every job and checkpoint.init_ckpt_path
 to=torch    one .pth file
 to=hf       folder for Hugging Face's Llama; dense models only
+to=safetensors  folder with model.safetensors and params.json, our config; any model
 
 Formats hf and meta need the model's tokenizer; the others bring theirs. One process, without Ray.
 """
@@ -22,6 +24,7 @@ from modular_lm.config import ConvertConfig
 from modular_lm.config.schema import SourceFormat
 from modular_lm.errors import EXIT_DONE, ConfigError
 from modular_lm.files import check_new
+from modular_lm.storage import Place
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.train.inventory import find
 
@@ -29,7 +32,7 @@ USAGE = (
     "python -m ray_jobs.convert from=hf src=LLAMA dst=CKPT "
     "tokenizer.name=sp tokenizer.path=LLAMA/tokenizer.model"
 )
-_BRING_TOKENIZER = ("torch", "dcp")
+_BRING_TOKENIZER = ("torch", "dcp", "safetensors")
 
 
 def main(config: ConvertConfig, given: dict[str, Any]) -> int:
@@ -44,7 +47,7 @@ def main(config: ConvertConfig, given: dict[str, Any]) -> int:
     return EXIT_DONE
 
 
-def _checked(config: ConvertConfig, given: dict[str, Any]) -> tuple[str, Path, Path]:
+def _checked(config: ConvertConfig, given: dict[str, Any]) -> tuple[str, Place, Path]:
     """Source format, src and dst. Raises ConfigError or CheckpointError."""
     source = config.from_
     if source is None:

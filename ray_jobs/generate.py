@@ -17,6 +17,7 @@ from modular_lm.cli import run_job
 from modular_lm.config import GenerateConfig
 from modular_lm.errors import ConfigError
 from modular_lm.model.sizes import column_names
+from modular_lm.storage import Place
 from modular_lm.train.inventory import find
 from modular_lm.train.saved_config import read_config
 
@@ -78,7 +79,7 @@ def _columns_of_chunks(
     return [model.column_names[number] for number in routes[0].tolist()]
 
 
-def _check_route(config: GenerateConfig, folder: Path) -> None:
+def _check_route(config: GenerateConfig, folder: Place) -> None:
     """Raise ConfigError for columns that the checkpoint does not have."""
     names = column_names(read_config(folder).model)
     if config.route not in (None, "auto", *names):

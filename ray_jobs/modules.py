@@ -44,7 +44,8 @@ def main(config: ModulesConfig, given: dict[str, Any]) -> int:
     _check_keys(config, given)
     folder = find(config.ckpt).resolve()
     _check_names(config, column_names(read_config(folder).model))  # before torch is loaded
-    from modular_lm.train.checkpoint import load_for_inference, save_model
+    from modular_lm.train.checkpoint import load_for_inference
+    from modular_lm.train.saving import save_model
 
     model, tokenizer, saved, _ = load_for_inference(str(folder), _cpu())
     if config.action == "list":

@@ -46,7 +46,6 @@ _IGNORED: dict[str, str] = {
 # key -> (values that mean "off", reason)
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "distributed.detect_anomaly": ((False, None), "anomaly detection is not available"),
-    "checkpoint.path": ((None,), "checkpoints are written to dump_dir/checkpoints"),
     "checkpoint.continue_training_from_init": (
         (False, None),
         "init_ckpt_path gives weights only, and the same command again continues a run",

@@ -36,8 +36,8 @@ Recompute = Literal["none", "selective", "full"]
 Float8Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 Dtype = Literal["fp32", "bf16"]
 Loader = Literal["ray", "local"]
-SourceFormat = Literal["hf", "meta", "torch", "dcp"]
-TargetFormat = Literal["dcp", "torch", "hf"]
+SourceFormat = Literal["hf", "meta", "torch", "dcp", "safetensors"]
+TargetFormat = Literal["dcp", "torch", "hf", "safetensors"]
 ShardsAction = Literal["inspect", "verify"]
 SplitName = Literal["train", "val"]
 ModulesAction = Literal["list", "add", "export", "import", "merge"]
@@ -192,13 +192,27 @@ class DumpEvery(SaveEvery):
 
 
 @dataclass
+class RollingConfig:
+    minutes: float = key(
+        30.0, "save at least this often; removed when there is a newer one; 0: never", ge=0
+    )
+
+
+@dataclass
 class CheckpointConfig:
     dump: DumpEvery = key(DumpEvery, "checkpoints to resume from")
     eval: SaveEvery = key(SaveEvery, "validate, and keep a checkpoint, at these steps")
+    rolling: RollingConfig = key(RollingConfig, "checkpoints against the loss of work")
+    path: str | None = key(
+        None, "folder of the checkpoints, or a URI (s3://, gs://); default: dump_dir/checkpoints"
+    )
+    async_save: bool = key(
+        True, "train on while a checkpoint is written; needs host memory for a copy of it"
+    )
     init_ckpt_path: str | None = key(
         None,
-        "start a new run from the weights of this checkpoint (or a run's latest); "
-        "aggregation sites that it lacks start at zero",
+        "start a new run from the weights of this checkpoint (or a run's latest), Hugging Face "
+        "folder or .pth; aggregation sites that it lacks start at zero",
     )
 
 

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,24 +209,31 @@ def read_hf(folder: Path) -> tuple[ModelConfig, int, dict[str, Tensor]]:
     config, seq_len = config_from_hf(read_json(file), str(file))
     tensors = {}
     for path, names in _weight_files(folder).items():
-        tensors |= _read_safetensors(path, names)
+        tensors |= read_safetensors(path, names)
     return config, seq_len, state_from_hf(tensors, config, str(folder))
 
 
 def write_hf(folder: Path, hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `config.json` and `model.safetensors` into an existing folder. Raises OSError."""
+    (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(folder / WEIGHTS, tensors)
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, none of which share memory, to one file. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     try:
-        save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        # safetensors writes files that only their owner can read; these get the usual mode.
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(folder / WEIGHTS)) from error
-    # safetensors writes files that only their owner can read.
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)
+        raise OSError(code, os.strerror(code), str(file)) from error
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
@@ -249,7 +255,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _read_safetensors(file: Path, names: list[str] | None) -> dict[str, Tensor]:
+def read_safetensors(file: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, or those named. Raises CheckpointError, naming the file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,33 +1,20 @@
-"""Saving and loading checkpoints, on any number of ranks: with all that training needs to go on, or
-the model alone.
+"""Loading checkpoints, on any number of ranks: with all that training needs to go on, or the model
+alone.
 
-Which checkpoints exist, and when one is whole, is decided in `inventory`. A checkpoint's folder
-holds `.metadata` and `*.distcp` (torch.distributed.checkpoint: loadable by any number of ranks),
-`params.json` (the resolved config), `train_state.json` (where training stands), the tokenizer's
-file if it has one, so that a checkpoint can be moved on its own, and `COMPLETE`. One of a model
-alone has neither optimizer nor `train_state.json`; a run can start from it (or from the model of
-any other) but not continue it.
+How they are written is in `saving`, which of them exist, and when one is whole, in `inventory`;
+weights that other projects have saved are read in `initial`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import logging
-import os
-import shutil
-import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,15 +24,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from modular_lm.config import TrainConfig, to_dict
+from modular_lm.config import TrainConfig
 from modular_lm.config.checks import has_one_chunk
 from modular_lm.errors import CheckpointError
-from modular_lm.files import new_folder, write_text_atomic
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World
+from modular_lm.storage import Place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
-from modular_lm.train.saved_config import TOKENIZER_FILE, read_config
+from modular_lm.train.random_state import get_random_state, set_random_state
+from modular_lm.train.saved_config import read_config
+from modular_lm.train.tensor_files import read_index, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +59,7 @@ class TrainState:
     spikes: int = 0
 
 
-def _state_dict(
+def state_of(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, Any], Any]:
     """What is saved of a training: the weights, and by their names what optimizers keep of each.
@@ -83,148 +72,74 @@ def _state_dict(
     return kept, optimizer_state["param_groups"]
 
 
-# ------------------------------------------------------------------ writing
-
-
-def save(
-    checkpoints: Path,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    state: TrainState,
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    world: World,
-) -> dict[str, Any]:
-    """Write the checkpoint of `state.step`. A collective.
-
-    Returns what the event log should say of it: step, path, bytes, seconds. Raises AgreedError if
-    a rank cannot write; earlier checkpoints stay as they are.
-    """
-    began = time.perf_counter()
-    folder = inventory.step_folder(checkpoints, state.step)
-    leads = world.rank == 0
-
-    def prepare() -> None:
-        if leads:
-            inventory.sweep(checkpoints)
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def write() -> dict[str, dict[str, Any]]:
-        state_dict, _ = _state_dict(model, optimizers)
-        dcp.save(
-            state_dict,
-            storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
-            process_group=world.control,
-        )
-        if leads:
-            _write_companions(folder, config, tokenizer)
-            _write_json(folder / "train_state.json", dataclasses.asdict(state))
-        return {p.name: inventory.describe(p) for p in _own_files(folder, world.rank)}
-
-    def complete() -> None:
-        if leads:
-            _complete(folder, listing, step=state.step)
-
-    failure = f"checkpoint {folder} could not be written"
-    world.together(prepare, failure)
-    written = world.together(write, failure)
-    listing = {name: entry for part in written for name, entry in part.items()}
-    world.together(complete, failure)
-    return {
-        "step": state.step,
-        "path": str(folder),
-        "data_digest": state.data_digest,
-        "bytes": sum(entry["bytes"] for entry in listing.values()),
-        "seconds": round(time.perf_counter() - began, 3),
-    }
-
-
-def save_model(folder: Path, model: nn.Module, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Write a checkpoint of a plain (not sharded) model alone. In one process.
-
-    config: resolved, `config.model` the model's; tokenizer: the one it is to be used with.
-    `folder` must not exist, or be empty; it appears when it is complete. Raises RunFailedError
-    where it cannot be written.
-    """
-    with new_folder(folder) as temporary:
-        with _without_group():
-            writer = dcp.FileSystemWriter(temporary, sync_files=True)
-            dcp.save({"model": model.state_dict()}, storage_writer=writer, no_dist=True)
-        _write_companions(temporary, config, tokenizer)
-        _complete(temporary, {p.name: inventory.describe(p) for p in temporary.iterdir()})
-
-
-def portable_config(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`config` as stored with a model, its tokenizer's file being `TOKENIZER_FILE` beside it."""
-    values = to_dict(config)
-    path = config.data.tokenizer.path if tokenizer.file is None else TOKENIZER_FILE
-    values["data"]["tokenizer"] = {"name": tokenizer.name, "path": path}
-    return values
-
-
-def _write_companions(folder: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.file is not None:
-        shutil.copyfile(tokenizer.file, folder / TOKENIZER_FILE)
-    _write_json(folder / "params.json", portable_config(config, tokenizer))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _complete(folder: Path, listing: dict[str, dict[str, Any]], **about: Any) -> None:
-    text = json.dumps({**about, "files": listing}, indent=1, sort_keys=True)
-    write_text_atomic(folder / inventory.COMPLETE, text)
-
-
-def _own_files(folder: Path, rank: int) -> list[Path]:
-    """The files of this folder that `rank` wrote; rank 0 also those that all share."""
-    mine = [p for p in folder.iterdir() if p.name.startswith(f"__{rank}_")]
-    if rank == 0:
-        mine += [
-            p
-            for p in folder.iterdir()
-            if not p.name.startswith("__") and p.name != inventory.COMPLETE
-        ]
-    return mine
-
-
-# ------------------------------------------------------------------ reading
-
-
-def read_state(folder: Path) -> TrainState:
-    """The train state of a checkpoint."""
-    return TrainState(**json.loads((folder / "train_state.json").read_text()))
+def read_state(folder: Place) -> TrainState:
+    """The train state of a checkpoint. Raises CheckpointError, naming the file."""
+    file = folder / "train_state.json"
+    try:
+        return TrainState(**json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: is a checkpoint of a model alone, which training cannot continue; start a "
+            "new run with checkpoint.init_ckpt_path"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a train state: {error}") from error
 
 
 def load(
-    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World
+    folder: Place, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer], world: World
 ) -> TrainState:
-    """Verify a checkpoint and load model and optimizers from it, in place. A collective.
+    """Verify a checkpoint and load model, optimizers and random numbers from it. A collective.
 
-    The checkpoint may come from any number of ranks. Raises AgreedError if it is damaged.
+    The checkpoint may come from any number of ranks; those beyond them keep their random numbers.
+    Raises AgreedError if it is damaged, or is another model's or optimizer's.
     """
     failure = f"checkpoint {folder} cannot be used"
     world.together(lambda: inventory.verify(folder, world.rank, world.size), failure)
 
     def read() -> TrainState:
-        state, groups = _state_dict(model, optimizers)
-        dcp.load(state, checkpoint_id=folder, process_group=world.control)
+        train_state = read_state(folder)
+        state, groups = state_of(model, optimizers)
+        index = read_index(folder)
+        _check_all_there(folder, index, state)
+        if f"random.{world.rank}" in index:
+            state["random"] = {str(world.rank): get_random_state(world.device)}
+        read_tensors(folder, state, world.control)
         set_state_dict(
             model,
             optimizers,
             model_state_dict=state["model"],
             optim_state_dict={**state["optimizer"], "param_groups": groups},
         )
-        return read_state(folder)
+        if "random" in state:
+            set_random_state(state["random"][str(world.rank)], world.device)
+        return train_state
 
     return world.together(read, failure)[0]
 
 
-def load_model(folder: Path, model: nn.Module, world: World) -> set[str]:
+def _check_all_there(folder: Place, index: dict[str, Any], state: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming a key, for what is another model's or optimizer's."""
+    weights = cast("dict[str, Tensor]", state["model"])
+    missing = check_fit(
+        _shapes_in(index),
+        {name: tuple(t.shape) for name, t in weights.items()},
+        read_config(folder),
+    )
+    for name in missing:
+        raise CheckpointError(
+            f"tensor {name} is missing there; {_remedy(name, read_config(folder))}"
+        )
+    for name, moments in state["optimizer"]["state"].items():
+        for moment in moments:
+            if f"optimizer.state.{name}.{moment}" not in index:
+                raise CheckpointError(
+                    f"the optimizer's {moment} of {name} is missing there; set the keys of optim.* "
+                    "as in the checkpoint's params.json"
+                )
+
+
+def load_model(folder: Place, model: nn.Module, world: World) -> set[str]:
     """Verify a checkpoint and load its weights into `model`, sharded or plain. A collective.
 
     Parameters below `aggs.` and `columns.` that the checkpoint lacks stay as they are; their names
@@ -236,36 +151,67 @@ def load_model(folder: Path, model: nn.Module, world: World) -> set[str]:
 
     def read() -> set[str]:
         state = cast("dict[str, Tensor]", get_model_state_dict(model))
-        kept = _missing(folder, {name: tuple(t.shape) for name, t in state.items()})
+        kept = missing_in(
+            stored_shapes(folder),
+            {name: tuple(t.shape) for name, t in state.items()},
+            read_config(folder),
+        )
         shared = {name: tensor for name, tensor in state.items() if name not in kept}
-        dcp.load({"model": shared}, checkpoint_id=folder, process_group=world.control)
+        read_tensors(folder, {"model": shared}, world.control)
         options = StateDictOptions(strict=False)
         set_model_state_dict(model, cast("dict[str, Any]", shared), options=options)
         if world.rank == 0:
-            parts = sorted({".".join(name.split(".")[:2]) for name in kept})
-            new = f"; new, not in it: {', '.join(parts)}" if parts else ""
-            log.info("weights of %s%s", folder, new)
+            log_weights(folder, kept)
         return kept
 
     return world.together(read, failure)[0]
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def log_weights(source: Place, kept: set[str]) -> None:
+    """Say where the weights of a new run come from, and what it has beyond them."""
+    parts = sorted({".".join(name.split(".")[:2]) for name in kept})
+    new = f"; new, not in it: {', '.join(parts)}" if parts else ""
+    log.info("weights of %s%s", source, new)
+
+
+def stored_shapes(folder: Place) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a checkpoint's model; reads none of them."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return _shapes_in(read_index(folder))
+
+
+def _shapes_in(index: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {
         name.removeprefix("model."): tuple(entry.size)
-        for name, entry in stored.items()
+        for name, entry in index.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
 
 
-def _missing(folder: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
-    """The names in `wanted` that the checkpoint does not fill. Raises CheckpointError."""
-    stored = stored_shapes(folder)
-    saved = read_config(folder)
+def missing_in(
+    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], saved: TrainConfig
+) -> set[str]:
+    """The names in `wanted` that weights of `saved` do not fill, and need not: sites and columns.
+
+    Raises CheckpointError if they are weights of another model.
+    """
     if has_one_chunk(saved.model, saved.data.seq_len):
+        # Never trained, so not taken over.
         stored = {name: shape for name, shape in stored.items() if not name.startswith("aggs.")}
+    missing = check_fit(stored, wanted, saved)
+    has_sites = any(name.startswith("aggs.") for name in stored)
+    for name in sorted(missing):
+        if not name.startswith(_ADDED) or (has_sites and name.startswith("aggs.")):
+            raise CheckpointError(f"tensor {name} is missing there; {_remedy(name, saved)}")
+    return missing
+
+
+def check_fit(
+    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], saved: TrainConfig
+) -> set[str]:
+    """The names in `wanted` that `stored` lacks.
+
+    Raises CheckpointError for a tensor of another shape, or without a place in `wanted`.
+    """
     for name, shape in stored.items():
         if wanted.get(name, shape) != shape:
             raise CheckpointError(
@@ -274,12 +220,7 @@ def _missing(folder: Path, wanted: dict[str, tuple[int, ...]]) -> set[str]:
             )
         if name not in wanted:
             raise CheckpointError(f"tensor {name} has no place here; {_remedy(name, saved)}")
-    missing = wanted.keys() - stored.keys()
-    has_sites = any(name.startswith("aggs.") for name in stored)
-    for name in sorted(missing):
-        if not name.startswith(_ADDED) or (has_sites and name.startswith("aggs.")):
-            raise CheckpointError(f"tensor {name} is missing there; {_remedy(name, saved)}")
-    return missing
+    return wanted.keys() - stored.keys()
 
 
 def _remedy(name: str, saved: TrainConfig) -> str:
@@ -296,7 +237,7 @@ def _remedy(name: str, saved: TrainConfig) -> str:
 
 def load_for_inference(
     path: str, device: torch.device | None = None
-) -> tuple[LanguageModel, Tokenizer, TrainConfig, Path]:
+) -> tuple[LanguageModel, Tokenizer, TrainConfig, Place]:
     """The model (fp32, eval mode), tokenizer and config of the checkpoint that `path` names.
 
     On a GPU if there is one and `device` is not given. Works in one process without a process
@@ -311,21 +252,6 @@ def load_for_inference(
         model = LanguageModel(config.model)
     model.to_empty(device=device)
     state = {"model": model.state_dict()}
-    with _without_group():
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    read_tensors(folder, state)
     model.load_state_dict(state["model"])
     return model.eval(), tokenizer, config, folder
-
-
-@contextlib.contextmanager
-def _without_group() -> Iterator[None]:
-    """For torch.distributed.checkpoint in one process: its failures are raised as they happened."""
-    with warnings.catch_warnings():
-        # That there is no process group is meant.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as error:
-            cause, _ = next(iter(error.failures.values()))
-            # Its own cause stays in sight: it may be a full disk.
-            raise cause from (cause.__cause__ or cause.__context__ or error)

@@ -8,6 +8,8 @@ fp32, the config and the tokenizer. The formats:
            tensor}, "config": the content of params.json, "tokenizer": bytes of its file or None}
     hf     a folder of Hugging Face's Llama (`modular_lm.model.hf`)
     meta   a folder (or its .pth) of Meta's or Lingua's Llama (`modular_lm.model.meta`); only read
+    safetensors  a folder with model.safetensors, parameters by our names, and params.json, in which
+           our config stands; for any model, also a modular one
 
 The whole model is in memory, in fp32.
 """
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +32,26 @@ from modular_lm.config.checks import has_one_chunk
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
 from modular_lm.files import new_folder, replacing, writing
-from modular_lm.model.foreign import take_own
-from modular_lm.model.hf import config_to_hf, read_hf, state_to_hf, write_hf
+from modular_lm.model.foreign import read_json, take_own
+from modular_lm.model.hf import (
+    CONFIG,
+    WEIGHTS,
+    config_from_hf,
+    config_to_hf,
+    read_hf,
+    read_safetensors,
+    state_to_hf,
+    write_hf,
+    write_safetensors,
+)
 from modular_lm.model.lm import LanguageModel
 from modular_lm.model.meta import load_pth, read_meta
 from modular_lm.model.sizes import sizes_of
+from modular_lm.storage import Place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
-from modular_lm.train.checkpoint import load_for_inference, portable_config, save_model
-from modular_lm.train.saved_config import TOKENIZER_FILE
+from modular_lm.train.checkpoint import load_for_inference
+from modular_lm.train.saved_config import TOKENIZER_FILE, read_config
+from modular_lm.train.saving import portable_config, save_model, write_companions
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +69,7 @@ class Model:
 
 
 def convert(
-    source: str, target: str, src: Path, dst: Path, tokenizer: TokenizerConfig, scratch: Path
+    source: str, target: str, src: Place, dst: Path, tokenizer: TokenizerConfig, scratch: Path
 ) -> Model:
     """Read `src` in the format `source` and write `dst` in the format `target`.
 
@@ -64,6 +80,26 @@ def convert(
     model = READERS[source](src, tokenizer, scratch)
     WRITERS[target](dst, model)
     return model
+
+
+def read_foreign(source: str, src: Path, tokenizer: TokenizerConfig) -> Model:
+    """The model at `src`; tokenizer: for formats that bring none. Raises as `convert`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return READERS[source](src, tokenizer, Path(scratch))
+
+
+def read_foreign_config(source: str, src: Path, tokenizer: TokenizerConfig | None) -> TrainConfig:
+    """The config alone, as `read_foreign` gives it; reads no tensors where that can be helped."""
+    tokenizer = tokenizer or TokenizerConfig()
+    if source == "hf":
+        model, seq_len = config_from_hf(read_json(src / CONFIG), str(src / CONFIG))
+        return _config(model, seq_len, tokenizer)
+    if source == "safetensors":
+        return read_config(src)
+    if source == "meta":
+        model, seq_len, _ = read_meta(src)
+        return _config(model, seq_len, tokenizer)
+    return _torch_config(src, load_pth(src))
 
 
 # ------------------------------------------------------------------ reading
@@ -94,17 +130,31 @@ def _imported(
     if tokenizer.n_words < model.vocab_size:
         sizes = tokenizer.n_words, model.vocab_size
         log.warning("the tokenizer has %d tokens, the model %d: is it the model's own?", *sizes)
-    data = DataConfig(seq_len=seq_len, tokenizer=named)
-    return Model(TrainConfig(name="imported", data=data, model=model), state, tokenizer)
+    return Model(_config(model, seq_len, named), state, tokenizer)
 
 
-def _read_dcp(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
+def _config(model: ModelConfig, seq_len: int, tokenizer: TokenizerConfig) -> TrainConfig:
+    data = DataConfig(seq_len=seq_len, tokenizer=tokenizer)
+    return TrainConfig(name="imported", data=data, model=model)
+
+
+def _read_dcp(src: Place, tokenizer: TokenizerConfig, scratch: Path) -> Model:
     model, own, config, _ = load_for_inference(str(src), torch.device("cpu"))
     return Model(config, model.state_dict(), own)
 
 
 def _read_torch(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
     values = load_pth(src)
+    config = _torch_config(src, values)
+    if values["tokenizer"] is not None:
+        file = scratch / TOKENIZER_FILE
+        file.write_bytes(values["tokenizer"])
+        config.data.tokenizer.path = str(file)
+    state = take_own(values["model"], config.model, str(src))
+    return Model(config, state, build_tokenizer(config.data.tokenizer))
+
+
+def _torch_config(src: Path, values: dict[str, Any]) -> TrainConfig:
     if values.get("format") != _FORMAT or not values.keys() >= _PARTS:
         raise CheckpointError(
             f"{src}: was not written by to=torch; for a .pth of Meta or Lingua use from=meta"
@@ -114,11 +164,12 @@ def _read_torch(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
         sizes_of(config.model)
     except (ConfigError, ValueError) as error:
         raise CheckpointError(f"{src}: its config: {error}") from error
-    if values["tokenizer"] is not None:
-        file = scratch / TOKENIZER_FILE
-        file.write_bytes(values["tokenizer"])
-        config.data.tokenizer.path = str(file)
-    state = take_own(values["model"], config.model, str(src))
+    return config
+
+
+def _read_safetensors(src: Path, tokenizer: TokenizerConfig, scratch: Path) -> Model:
+    config = read_config(src)
+    state = take_own(read_safetensors(src / WEIGHTS), config.model, str(src / WEIGHTS))
     return Model(config, state, build_tokenizer(config.data.tokenizer))
 
 
@@ -157,6 +208,12 @@ def _write_hf(dst: Path, model: Model) -> None:
             shutil.copyfile(tokenizer.file, folder / TOKENIZER_FILE)
 
 
+def _write_safetensors(dst: Path, model: Model) -> None:
+    with new_folder(dst) as folder:
+        write_companions(folder, model.config, model.tokenizer)
+        write_safetensors(folder / WEIGHTS, model.state)
+
+
 def _check_exportable(config: TrainConfig) -> None:
     """Raise ConfigError for a model that Hugging Face's Llama cannot compute.
 
@@ -173,17 +230,22 @@ def _check_exportable(config: TrainConfig) -> None:
     elif m.module_names:
         why = f"model.module_names={','.join(m.module_names)}: has several columns"
     if why:
-        raise ConfigError(f"to=hf: {why}, which Hugging Face's Llama cannot; use to=torch")
+        raise ConfigError(
+            f"to=hf: {why}, which Hugging Face's Llama cannot; use to=safetensors or to=torch"
+        )
 
 
-READERS: dict[str, Callable[[Path, TokenizerConfig, Path], Model]] = {
+# Only a checkpoint may be a RemotePath.
+READERS: dict[str, Callable[[Any, TokenizerConfig, Path], Model]] = {
     "hf": _read_hf,
     "meta": _read_meta,
     "torch": _read_torch,
+    "safetensors": _read_safetensors,
     "dcp": _read_dcp,
 }
 WRITERS: dict[str, Callable[[Path, Model], None]] = {
     "dcp": _write_dcp,
     "torch": _write_torch,
+    "safetensors": _write_safetensors,
     "hf": _write_hf,
 }

@@ -46,6 +46,7 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) ->
             _end(run, "done", EXIT_DONE, None)
         _follow(folder, mirrors).stop()
         return EXIT_DONE
+    run.check_storage()
     with _only_one(folder):
         run.begin(given)
         follower = _follow(folder, [ConsoleProgress(run.stop_step), *mirrors])
@@ -79,7 +80,7 @@ def where_things_are(run: Run) -> str:
     folder, mlflow = run.folder, run.config.logging.mlflow
     lines = [f"  run folder   {folder.path}"]
     if run.done_steps:
-        lines.append(f"  checkpoint   {step_folder(folder.checkpoints, run.done_steps)}")
+        lines.append(f"  checkpoint   {step_folder(run.checkpoints, run.done_steps)}")
         lines.append(f"  metrics      {folder.metrics.path}")
     if mlflow.enabled:
         lines.append(f"  MLflow       {tracking_uri(mlflow.tracking_uri, folder.path)}")

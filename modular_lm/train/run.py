@@ -33,13 +33,26 @@ from modular_lm.config.distributed import mesh_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.data.dataset import Dataset
 from modular_lm.data.fingerprint import differences
-from modular_lm.errors import CheckpointError, ConfigError, DataError, reason
+from modular_lm.errors import ConfigError, DataError, UserFacingError, reason
 from modular_lm.files import write_text_atomic
+from modular_lm.storage import Place, check_writable, place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
-from modular_lm.train.inventory import complete_steps, find, newest_step, step_folder
-from modular_lm.train.saved_config import INIT_KEY, find_initial, read_config
+from modular_lm.train.inventory import (
+    checkpoints_of,
+    complete_steps,
+    newest_step,
+    step_folder,
+)
+from modular_lm.train.ownership import check_moved, check_owner, claim
+from modular_lm.train.saved_config import (
+    INIT_KEY,
+    absolute_initial,
+    find_initial,
+    initial_config,
+    read_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +78,11 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
             f"dump_dir={resolved.dump_dir}: must be a folder that all nodes share, not a URI"
         )
     dump_dir = str(Path(resolved.dump_dir).expanduser().resolve())
-    resolved = dataclasses.replace(resolved, data=data, dump_dir=dump_dir)
+    checkpoint = resolved.checkpoint
+    if checkpoint.path is not None:
+        where = str(place(checkpoint.path).resolve())
+        checkpoint = dataclasses.replace(checkpoint, path=where)
+    resolved = dataclasses.replace(resolved, data=data, dump_dir=dump_dir, checkpoint=checkpoint)
     _check_multipliers(resolved)
     return _with_initial_weights(resolved, tokenizer), tokenizer
 
@@ -88,7 +105,7 @@ def _inherited(config: TrainConfig) -> TrainConfig:
     """`module_names` and, where it is not given, `module_sum_scale`, which weights are trained for:
     as the run's own checkpoints have them, else as the initial one has."""
     initial, model = config.checkpoint.init_ckpt_path, config.model
-    checkpoints = RunFolder(Path(dump_dir_of(config)).expanduser()).checkpoints
+    checkpoints = checkpoints_of(config.checkpoint, Path(dump_dir_of(config)).expanduser())
     if step := newest_step(checkpoints):
         own = read_config(step_folder(checkpoints, step)).model
         # Others than these are refused with all else that a run may not change.
@@ -100,7 +117,7 @@ def _inherited(config: TrainConfig) -> TrainConfig:
         return dataclasses.replace(config, model=model)
     names, scale, new = [], model.module_sum_scale, model.create_module_name
     if initial is not None:
-        saved = read_config(find(initial, INIT_KEY))
+        saved = initial_config(initial)
         names = saved.model.module_names
         trained = not has_one_chunk(saved.model, saved.data.seq_len)
         if scale is None and saved.model.module_agg == "sum" and trained:
@@ -128,12 +145,12 @@ def _with_initial_weights(config: TrainConfig, tokenizer: Tokenizer) -> TrainCon
     if path is None:
         return config
     assert config.dump_dir is not None
-    if newest_step(RunFolder(config.dump_dir).checkpoints) == 0:
+    if newest_step(checkpoints_of(config.checkpoint, Path(config.dump_dir))) == 0:
         found = find_initial(config, tokenizer)
     else:
-        found = Path(path).expanduser().resolve()
-        with contextlib.suppress(CheckpointError):
-            found = find(path, INIT_KEY).resolve()
+        found = place(path).resolve()
+        with contextlib.suppress(UserFacingError):
+            found = absolute_initial(path)
     checkpoint = dataclasses.replace(config.checkpoint, init_ckpt_path=str(found))
     return dataclasses.replace(config, checkpoint=checkpoint)
 
@@ -158,13 +175,22 @@ class Run:
     launched_at: str = ""
 
     @property
+    def checkpoints(self) -> Place:
+        return checkpoints_of(self.config.checkpoint, self.folder.path)
+
+    @property
     def done_steps(self) -> int:
-        return newest_step(self.folder.checkpoints)
+        return newest_step(self.checkpoints)
 
     @property
     def is_complete(self) -> bool:
         """The checkpoint of the last step is written after all else that belongs to it."""
         return self.done_steps >= self.stop_step
+
+    def check_storage(self) -> None:
+        """Raise ConfigError or RunFailedError if an object store takes no checkpoints of ours."""
+        if not self.is_complete:
+            check_writable(self.checkpoints, "checkpoint.path")
 
     def begin(self, given: dict[str, Any]) -> None:
         """Create the folder if need be and write what describes the run. Driver only."""
@@ -189,6 +215,9 @@ class Run:
                 data=self.dataset.fingerprint(),
                 init_ckpt_path=self.config.checkpoint.init_ckpt_path,
             )
+        if self.config.checkpoint.path is not None:
+            created = self.folder.last_event("created") or {}
+            claim(self.checkpoints, created["uid"], self.folder.path)
 
     def begin_attempt(self, hosts: list[str]) -> int:
         """Pick the newest complete checkpoint, record the attempt, return its start step.
@@ -218,9 +247,9 @@ class Run:
         """Add the events of checkpoints whose writer was killed before it could report them."""
         events = (e for e in self.folder.events() if e["event"] == "checkpoint")
         known = {event["step"] for event in events}
-        for step in complete_steps(self.folder.checkpoints):
+        for step in complete_steps(self.checkpoints):
             if step not in known:
-                path = step_folder(self.folder.checkpoints, step)
+                path = step_folder(self.checkpoints, step)
                 self.folder.append_event("checkpoint", step=step, path=str(path))
 
     def events_since_launch(self, kind: str) -> list[dict[str, Any]]:
@@ -254,9 +283,15 @@ def open_run(config: TrainConfig, tokenizer: Tokenizer, world_size: int) -> Run:
     if folder.path.exists() and not folder.path.is_dir():
         raise ConfigError(f"dump_dir={folder.path}: is a file; choose a folder")
     created = folder.last_event("created")
+    checkpoints = checkpoints_of(config.checkpoint, folder.path)
+    if config.checkpoint.path is not None:
+        check_owner(checkpoints, (created or {}).get("uid"), folder.path)
+    if created is not None and folder.config.exists():
+        stored = _stored_config(folder, tokenizer)
+        check_moved(checkpoints, checkpoints_of(stored.checkpoint, folder.path))
     stop_step = config.stop_at or config.steps
     implied = global_batch_size(config, world_size)
-    if created is None or newest_step(folder.checkpoints) == 0:
+    if created is None or newest_step(checkpoints) == 0:
         # Nothing was saved yet, so nothing can be contradicted.
         dataset = Dataset(config.data, tokenizer, implied)
         same = created is not None and _is_same_run(config, folder, dataset, implied, created)
@@ -280,7 +315,7 @@ def _data_changes(config: TrainConfig, folder: RunFolder, dataset: Dataset) -> t
 
     Raises DataError for a difference, unless `data.allow_change` is set.
     """
-    newest = newest_step(folder.checkpoints)
+    newest = newest_step(checkpoints_of(config.checkpoint, folder.path))
     changed = differences(_data_seen(folder, newest), dataset.fingerprint(), newest)
     if changed and not config.data.allow_change:
         raise DataError(

@@ -11,11 +11,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from modular_lm.config import ModelConfig, TrainConfig
+from modular_lm.config import ModelConfig, TokenizerConfig, TrainConfig
 from modular_lm.config.checks import has_one_chunk
 from modular_lm.config.load import from_dict
 from modular_lm.errors import CheckpointError, ConfigError
 from modular_lm.model.sizes import BASE, sizes_of
+from modular_lm.storage import Place, RemotePath, local_copy, place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
 
@@ -35,27 +36,65 @@ _READING = (
 )
 
 
-def read_config(folder: Path) -> TrainConfig:
+def read_config(folder: Place) -> TrainConfig:
     """The resolved config a checkpoint was written with, its tokenizer the one that lies in it."""
     try:
         config = from_dict(TrainConfig, json.loads((folder / "params.json").read_text()))
-    except (ConfigError, json.JSONDecodeError) as error:
+    except (ConfigError, FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{folder / 'params.json'}: {error}") from error
     tokenizer = config.data.tokenizer
     if tokenizer.path == TOKENIZER_FILE:
-        tokenizer.path = str(folder / TOKENIZER_FILE)
+        tokenizer.path = str(local_copy(folder / TOKENIZER_FILE))
     return config
 
 
-def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
-    """The checkpoint that `checkpoint.init_ckpt_path` of a resolved config names.
+def initial_format(path: str) -> str:
+    """The format, of `conversion.READERS`, of the weights at a user's `init_ckpt_path`."""
+    found = place(path)
+    if isinstance(found, RemotePath):
+        return "dcp"
+    if found.is_file():
+        return "meta" if (found.parent / "params.json").is_file() else "torch"
+    if (found / inventory.COMPLETE).is_file() or not found.is_dir():
+        return "dcp"
+    if (found / "config.json").is_file():
+        return "hf"
+    if any(found.glob("consolidated*.pth")):
+        return "meta"
+    return "safetensors" if (found / "model.safetensors").is_file() else "dcp"
 
-    Raises CheckpointError if there is none, ConfigError, naming the keys, if its trunk, its
-    aggregation sites or its tokenizer are not this run's.
+
+def absolute_initial(path: str) -> Place:
+    """The very weights that `init_ckpt_path` names: a run's folder stands for its latest."""
+    if initial_format(path) == "dcp":
+        return inventory.find(path, INIT_KEY).resolve()
+    return place(path).resolve()
+
+
+def initial_config(path: str, tokenizer: TokenizerConfig | None = None) -> TrainConfig:
+    """The config of the weights at `init_ckpt_path`. Raises CheckpointError or ConfigError.
+
+    tokenizer: the one to assume where the format brings none.
     """
-    assert config.checkpoint.init_ckpt_path is not None
-    folder = inventory.find(config.checkpoint.init_ckpt_path, INIT_KEY).resolve()
-    saved = read_config(folder)
+    kind, found = initial_format(path), absolute_initial(path)
+    if kind == "dcp":
+        return read_config(found)
+    from modular_lm.train.conversion import read_foreign_config
+
+    assert isinstance(found, Path)
+    return read_foreign_config(kind, found, tokenizer)
+
+
+def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Place:
+    """The weights that `checkpoint.init_ckpt_path` of a resolved config names.
+
+    Raises CheckpointError if there are none, ConfigError, naming the keys, if their trunk, their
+    aggregation sites or their tokenizer are not this run's.
+    """
+    path = config.checkpoint.init_ckpt_path
+    assert path is not None
+    folder = absolute_initial(path)
+    saved = initial_config(path, config.data.tokenizer)
     theirs = build_tokenizer(saved.data.tokenizer)
     if (theirs.name, theirs.content_hash) != (tokenizer.name, tokenizer.content_hash):
         raise ConfigError(
@@ -74,9 +113,13 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Path:
     if differing:
         raise ConfigError(
             f"{INIT_KEY}={folder}: its model is another one: {'; '.join(differing)}; "
-            "set these keys as in its params.json"
+            f"set these keys as {_has(path)}"
         )
     return folder
+
+
+def _has(path: str) -> str:
+    return "its config.json has them" if initial_format(path) == "hf" else "in its params.json"
 
 
 def _differences(saved: ModelConfig, new: ModelConfig) -> list[str]:

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +32,9 @@ from modular_lm.tokenizer import Tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train import checkpoint, inventory
 from modular_lm.train.checkpoint import TrainState
+from modular_lm.train.initial import load_initial
 from modular_lm.train.metrics import Stopwatch, device_peak, memory_mib
+from modular_lm.train.saving import Saver
 from modular_lm.train.stability import Stability
 from modular_lm.train.stepping import Stepper, StepResult
 
@@ -96,7 +97,9 @@ class Trainer:
         # Of the samples seen so far: this rank's part of the digest of all of them.
         self._seen = 0
         self.last_loss: float | None = None
-        self._saved_step = 0
+        self.checkpoints = inventory.checkpoints_of(c.checkpoint, self.folder.path)
+        self._saver = Saver(self.checkpoints, c, self.tokenizer, self.world)
+        self._saved_step, self._saved_at = 0, time.monotonic()
         self._clock = Stopwatch()
         self._tokens_per_step = self.stepper.tokens
         self._flops_per_token = flops_per_token(c.model, c.data.seq_len)
@@ -111,7 +114,7 @@ class Trainer:
         if start_step == 0:
             self._begin()
             return
-        folder = inventory.step_folder(self.folder.checkpoints, start_step)
+        folder = inventory.step_folder(self.checkpoints, start_step)
         state = checkpoint.load(folder, self.model, self.optimizers.parts, self.world)
         if (state.step, state.global_batch_size) != (start_step, self.global_batch_size):
             raise RunFailedError(
@@ -129,18 +132,29 @@ class Trainer:
         """The weights of step 0, where they are not simply drawn."""
         c = self.config
         if path := c.checkpoint.init_ckpt_path:
-            checkpoint.load_model(Path(path), self.model, self.world)
+            load_initial(path, self.model, c.data.tokenizer, self.world)
         if c.model.create_module_name is not None:
             begin_column(self.model, c.model.create_module_name, c.model.create_module_init)
 
     def run(self, steps: Iterator[StepRows], stop_step: int) -> Outcome:
         """Train up to `stop_step` on the rows of `steps`, which begin at the current step."""
+        try:
+            outcome = self._run(steps, stop_step)
+            self._collect()
+        except Exception:
+            # What is on its way to the disk gets there.
+            self._saver.settle()
+            raise
+        return outcome
+
+    def _run(self, steps: Iterator[StepRows], stop_step: int) -> Outcome:
         self.model.train()
         self._clock = Stopwatch()
+        self._saved_at = time.monotonic()
         while self.step < stop_step:
             rows = self._next(steps)
             if self._agreed_stop(rows):
-                self._save()
+                self._save(rolling=True)
                 return Outcome("stopped", self.step, self.last_loss)
             assert isinstance(rows, StepRows)
             result = self.stepper.step(rows)
@@ -181,15 +195,21 @@ class Trainer:
     # -------------------------------------------------------------- beside the steps
 
     def _agreed_stop(self, rows: StepRows | UserFacingError) -> bool:
-        """Whether any rank was asked to stop. A collective.
+        """Whether any rank was asked to stop; sees to checkpoints meanwhile. A collective.
 
-        Raises AgreedError if any rank got no rows.
+        Raises AgreedError if any rank got no rows, or could not write a checkpoint.
         """
         reason = self.callbacks.stop()
         failed = isinstance(rows, UserFacingError)
-        told, failures = self.world.sum(float(reason is not None), float(failed))
+        told, failures, written, overdue = self.world.sum(
+            float(reason is not None), float(failed), float(self._saver.written), self._overdue()
+        )
+        if written == self.world.size:
+            self._collect()
         if failures:
             self.world.together(lambda: _raise(rows), "the training data cannot be read")
+        if overdue and not told:
+            self._save(rolling=True)
         if told and self.world.rank == 0:
             log.info("stopping at step %d: %s", self.step, reason or "another rank was asked to")
         return bool(told)
@@ -214,9 +234,17 @@ class Trainer:
         if last or (due and not self.stability.streak):
             self._save()
 
-    def _save(self) -> None:
+    def _overdue(self) -> float:
+        """Whether so much work is unsaved that a rolling checkpoint is due, by rank 0's clock."""
+        minutes = self.config.checkpoint.rolling.minutes
+        if not minutes or self.world.rank or self._saved_step == self.step:
+            return 0.0
+        return float(time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def _save(self, *, rolling: bool = False) -> None:
         if self._saved_step == self.step:
             return
+        self._collect()
         self.stability.settle()
         seen = self._digest(*self.world.sum_over_rows(*self._halves()))
         state = TrainState(
@@ -228,19 +256,18 @@ class Trainer:
             self.stability.spikes,
         )
         with self._paused():
-            saved = checkpoint.save(
-                self.folder.checkpoints,
-                self.model,
-                self.optimizers.parts,
-                state,
-                self.config,
-                self.tokenizer,
-                self.world,
-            )
-            if self.world.rank == 0:
-                inventory.retain(self.folder.checkpoints, self.config.checkpoint)
+            self._saved_at = time.monotonic()
+            self._saver.save(self.model, self.optimizers.parts, state, rolling=rolling)
         self._saved_step = self.step
-        self.callbacks.saved(saved)
+        if not self.config.checkpoint.async_save:
+            self._collect()
+
+    def _collect(self) -> None:
+        """See the save that is under way to its end, if there is one, and tell of it."""
+        if self._saver.busy:
+            with self._paused():
+                saved = self._saver.collect()
+            self.callbacks.saved(saved)
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:

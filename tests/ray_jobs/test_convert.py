@@ -20,7 +20,9 @@ from modular_lm.errors import CheckpointError, ConfigError, RunFailedError
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
 from modular_lm.tokenizer import build_tokenizer
-from modular_lm.train.checkpoint import load_for_inference, read_config, save_model
+from modular_lm.train.checkpoint import load_for_inference
+from modular_lm.train.saved_config import read_config
+from modular_lm.train.saving import save_model
 from ray_jobs.convert import main
 from tests.support import REPO
 

@@ -22,8 +22,10 @@ from modular_lm.model.columns import layers_of
 from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
 from modular_lm.tokenizer import build_tokenizer
-from modular_lm.train.checkpoint import load_for_inference, read_config, save_model
+from modular_lm.train.checkpoint import load_for_inference
 from modular_lm.train.column_file import base_hash, column_hash
+from modular_lm.train.saved_config import read_config
+from modular_lm.train.saving import save_model
 from ray_jobs.generate import main as generate
 from ray_jobs.modules import main
 from tests.support import REPO

@@ -22,10 +22,11 @@ from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World, init_world
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
-from modular_lm.train.checkpoint import load_for_inference, read_config
+from modular_lm.train.checkpoint import load_for_inference
 from modular_lm.train.column_file import base_hash
 from modular_lm.train.inventory import step_folder
 from modular_lm.train.run import open_run, resolve_config
+from modular_lm.train.saved_config import read_config
 from modular_lm.train.trainer import Callbacks, Trainer
 from tests.eval.held_out import random_documents, write_held_out
 

@@ -25,9 +25,10 @@ from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel import World, build_model, init_world
 from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
-from modular_lm.train.checkpoint import load_for_inference, load_model, save_model, stored_shapes
+from modular_lm.train.checkpoint import load_for_inference, load_model, stored_shapes
 from modular_lm.train.inventory import complete_steps, step_folder
 from modular_lm.train.run import open_run, resolve_config
+from modular_lm.train.saving import save_model
 from modular_lm.train.trainer import Callbacks, Trainer
 
 G, T = 4, 32

@@ -10,9 +10,9 @@ import pytest
 
 from modular_lm.config import TrainConfig, load_config
 from modular_lm.errors import ConfigError, DataError
-from modular_lm.train.checkpoint import portable_config
 from modular_lm.train.inventory import COMPLETE, step_folder
 from modular_lm.train.run import Run, open_run, resolve_config
+from modular_lm.train.saving import portable_config
 from tests.support import TINY
 
 
