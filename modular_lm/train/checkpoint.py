@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from modular_lm.config import TrainConfig
+from modular_lm.config import ModelConfig, TrainConfig
 from modular_lm.config.checks import has_one_chunk
 from modular_lm.errors import CheckpointError
 from modular_lm.model.lm import LanguageModel
@@ -33,7 +33,7 @@ from modular_lm.storage import Place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
 from modular_lm.train.random_state import get_random_state, set_random_state
-from modular_lm.train.saved_config import read_config
+from modular_lm.train.saved_config import model_differences, read_config
 from modular_lm.train.tensor_files import read_index, read_tensors
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def load(
         train_state = read_state(folder)
         state, groups = state_of(model, optimizers)
         index = read_index(folder)
-        _check_all_there(folder, index, state)
+        _check_all_there(folder, index, state, model.config)
         if f"random.{world.rank}" in index:
             state["random"] = {str(world.rank): get_random_state(world.device)}
         read_tensors(folder, state, world.control)
@@ -118,18 +118,23 @@ def load(
     return world.together(read, failure)[0]
 
 
-def _check_all_there(folder: Place, index: dict[str, Any], state: dict[str, Any]) -> None:
+def _check_all_there(
+    folder: Place, index: dict[str, Any], state: dict[str, Any], config: ModelConfig
+) -> None:
     """Raise CheckpointError, naming a key, for what is another model's or optimizer's."""
-    weights = cast("dict[str, Tensor]", state["model"])
-    missing = check_fit(
-        _shapes_in(index),
-        {name: tuple(t.shape) for name, t in weights.items()},
-        read_config(folder),
-    )
-    for name in missing:
+    weights, saved = cast("dict[str, Tensor]", state["model"]), read_config(folder)
+    differing = model_differences(saved, config)
+    if saved.model.module_names != config.module_names:
+        names = (",".join(m.module_names) or "none" for m in (saved.model, config))
+        differing.append("model.module_names: {} there, {} here".format(*names))
+    if differing:
         raise CheckpointError(
-            f"tensor {name} is missing there; {_remedy(name, read_config(folder))}"
+            f"its model is another one: {'; '.join(differing)}; set these keys as in its "
+            "params.json"
         )
+    wanted = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in check_fit(_shapes_in(index), wanted, saved):
+        raise CheckpointError(f"tensor {name} is missing there; {_remedy(name, saved)}")
     for name, moments in state["optimizer"]["state"].items():
         for moment in moments:
             if f"optimizer.state.{name}.{moment}" not in index:

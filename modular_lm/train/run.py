@@ -286,7 +286,8 @@ def open_run(config: TrainConfig, tokenizer: Tokenizer, world_size: int) -> Run:
     checkpoints = checkpoints_of(config.checkpoint, folder.path)
     if config.checkpoint.path is not None:
         check_owner(checkpoints, (created or {}).get("uid"), folder.path)
-    if created is not None and folder.config.exists():
+    # A config that cannot be read is the business of those who need it.
+    with contextlib.suppress(_Unreadable, FileNotFoundError):
         stored = _stored_config(folder, tokenizer)
         check_moved(checkpoints, checkpoints_of(stored.checkpoint, folder.path))
     stop_step = config.stop_at or config.steps
@@ -341,13 +342,17 @@ def _data_seen(folder: RunFolder, step: int) -> dict[str, str]:
     return latest if seen is None else seen
 
 
+class _Unreadable(ConfigError):
+    """The config of an earlier attempt is damaged, or another version's."""
+
+
 def _stored_config(folder: RunFolder, tokenizer: Tokenizer) -> TrainConfig:
     """The config of the latest attempt; keys that are newer than it have their defaults."""
     try:
         values = yaml.safe_load(folder.config.read_text())
         return resolve(from_dict(TrainConfig, values), tokenizer.n_words)
     except (yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(
+        raise _Unreadable(
             f"{folder.config}: {reason(error)}; the run cannot be continued"
         ) from error
 

@@ -101,9 +101,7 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Place:
             f"{INIT_KEY}={folder}: its tokenizer ({_named(theirs)}) is not this run's "
             f"({_named(tokenizer)}); set data.tokenizer.name and data.tokenizer.path to it"
         )
-    differing = _differences(saved.model, config.model)
-    if not has_one_chunk(saved.model, saved.data.seq_len):
-        differing += _site_differences(saved.model, config.model)
+    differing = model_differences(saved, config.model)
     reading = _reading_differences(saved.model, config.model)
     if config.model.module_route != BASE:
         # What the base computes would no longer be what it was.
@@ -120,6 +118,15 @@ def find_initial(config: TrainConfig, tokenizer: Tokenizer) -> Place:
 
 def _has(path: str) -> str:
     return "its config.json has them" if initial_format(path) == "hf" else "in its params.json"
+
+
+def model_differences(saved: TrainConfig, new: ModelConfig) -> list[str]:
+    """The keys of `model.*` for which weights of `saved` have no place in another model, or would
+    mean another function, each as `model.key: theirs there, ours here`."""
+    differing = _differences(saved.model, new)
+    if not has_one_chunk(saved.model, saved.data.seq_len):
+        differing += _site_differences(saved.model, new)
+    return differing
 
 
 def _differences(saved: ModelConfig, new: ModelConfig) -> list[str]:

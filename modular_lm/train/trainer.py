@@ -209,7 +209,9 @@ class Trainer:
         if failures:
             self.world.together(lambda: _raise(rows), "the training data cannot be read")
         if overdue and not told:
-            self._save(rolling=True)
+            self.stability.settle()
+            if not self.stability.streak:
+                self._save(rolling=True)
         if told and self.world.rank == 0:
             log.info("stopping at step %d: %s", self.step, reason or "another rank was asked to")
         return bool(told)
