@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,11 +23,12 @@ from modular_lm.data.dataset import StepRows
 from modular_lm.errors import AgreedError
 from modular_lm.parallel import World, init_world
 from modular_lm.train import saving
+from modular_lm.train.checkpoint import load_for_inference
 from modular_lm.train.inventory import COMPLETE, complete_steps, read_complete, step_folder
 from modular_lm.train.saving import HostCopy
 from modular_lm.train.tensor_files import write_tensors
 from tests.train.ranks_worker import state_digests
-from tests.train.test_trainer import Recorder, rows, trainer
+from tests.train.test_trainer import Recorder, rows, trainer, weights
 
 pytestmark = pytest.mark.timeout(120)  # a save that is waited for in vain hangs
 Write = Callable[..., dict[str, Any]]
@@ -320,3 +323,42 @@ def test_a_copy_shares_nothing_and_its_memory_is_used_again(state: dict[str, Any
     overwrite(state, 9)
     overwrite(copied, 8)
     assert same(copied, first)
+
+
+# ------------------------------------------------------------------ an object store
+
+
+def test_a_run_in_an_object_store_resumes_to_the_bit(world: World, tmp_path: Path) -> None:
+    keys = (f"checkpoint.path=memory://{uuid.uuid4().hex}/run", "checkpoint.dump.keep=2")
+    whole = trainer(world, tmp_path / "whole", Recorder())
+    whole.run(rows(), 12)
+    first = trainer(world, tmp_path / "remote", Recorder(), *keys)
+    first.run(rows(), 10)
+    assert complete_steps(first.checkpoints) == [8, 10]
+    second = trainer(world, tmp_path / "remote", Recorder(), *keys)
+    second.resume(8)
+    second.run(rows(8), 12)
+    assert state_digests(second) == state_digests(whole)
+    assert complete_steps(second.checkpoints) == [10, 12]
+    assert not (tmp_path / "remote" / "checkpoints").exists()
+    found, _, config, folder = load_for_inference(str(second.checkpoints))
+    assert str(folder) == f"{config.checkpoint.path}/0000000012"
+    assert all(torch.equal(t, found.state_dict()[n]) for n, t in weights(whole.model).items())
+
+
+def test_a_store_that_fails_fails_the_save_with_its_name(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"memory://{uuid.uuid4().hex}/run"
+    failing = trainer(world, tmp_path, Recorder(), f"checkpoint.path={uri}")
+    steps = rows()
+    failing.run(steps, 4)
+
+    def refuse(self: Any, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        raise ConnectionError("connection reset by peer")
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", refuse)
+    with pytest.raises(AgreedError, match=f"{uri}/0000000008.*fails: connection reset by peer"):
+        failing.run(steps, 8)
+    monkeypatch.undo()
+    assert complete_steps(failing.checkpoints) == [4]
