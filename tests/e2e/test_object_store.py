@@ -144,7 +144,7 @@ def test_wrong_credentials_are_named(s3: str, server: str) -> None:
 
     allow("0")
     try:
-        with pytest.raises(ConfigError, match="refuses access: .*credentials in the environment"):
+        with pytest.raises(ConfigError, match=r"refuses access: .*credentials in the environment"):
             complete_steps(place(f"{s3}/run"))
     finally:
         allow("inf")
