@@ -91,3 +91,5 @@ def setup_logging(rank: int | None = None, file: Path | None = None) -> None:
         handlers=handlers,
         force=True,
     )
+    # The S3 client tells where it found its settings, for each of its instances.
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)

@@ -165,7 +165,7 @@ def retain(checkpoints: Place, config: CheckpointConfig) -> list[int]:
         kept |= set(members if keep <= 0 else members[-keep:])
     gone = [s for s in steps if s not in kept]
     for step in gone:
-        _remove(step_folder(checkpoints, step))
+        remove(step_folder(checkpoints, step))
     return gone
 
 
@@ -188,10 +188,11 @@ def sweep(checkpoints: Place) -> None:
         # Others' folders may lie beside them, where checkpoint.path says so.
         if folder.name.isdigit() and folder.is_dir() and not (folder / COMPLETE).is_file():
             log.info("removing the rest of an interrupted save: %s", folder)
-            _remove(folder)
+            remove(folder)
 
 
-def _remove(folder: Place) -> None:
+def remove(folder: Place) -> None:
+    """Delete a checkpoint, or what there is of one."""
     # COMPLETE goes first: a half-deleted checkpoint must not look whole.
     (folder / COMPLETE).unlink(missing_ok=True)
     remove_folder(folder)

@@ -134,6 +134,7 @@ class Saver:
         def prepare() -> None:
             if leads:
                 inventory.sweep(self._checkpoints)
+                inventory.remove(folder)
                 folder.mkdir(parents=True, exist_ok=True)
 
         def write() -> dict[str, dict[str, Any]]:
