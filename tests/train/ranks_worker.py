@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,14 +99,17 @@ class Lines:
         return "asked" if len(self.told["metrics"]) == self._stop_at_line else None
 
 
-def make_trainer(world: World, folder: Path, name: str, lines: Lines, *args: str) -> Trainer:
+def make_trainer(
+    world: World, folder: Path, name: str, lines: Lines, *args: str, into: str | None = None
+) -> Trainer:
+    """into: the run's folder below `folder`."""
     batch, special = RUNS[name]
     held_out = {"held_out": folder / "held_out"}
     validation = Validation(held_out, TOKENIZER, T, max_docs=9, batch_size=1, chunk_len=8)
     return Trainer(
         tiny(*special, *args),
         world,
-        RunFolder(folder / f"{name}_{world.size}"),
+        RunFolder(folder / (into or f"{name}_{world.size}")),
         TOKENIZER,
         batch,
         lines.callbacks(),
@@ -127,12 +131,17 @@ def train(world: World, folder: Path, name: str) -> dict[str, Any]:
 
 def resume(world: World, folder: Path, saved_by: int) -> dict[str, Any]:
     """The rest of the run `ragged` from the checkpoint that `saved_by` ranks wrote."""
-    lines = Lines()
-    trainer = make_trainer(world, folder, "ragged", lines)
-    trainer.folder = RunFolder(folder / f"ragged_{saved_by}")
+    lines, into = Lines(), f"resumed_from_{saved_by}_by_{world.size}"
+    if world.rank == 0:
+        saved, copied = (
+            step_folder(folder / run / "checkpoints", RESUMED_AT)
+            for run in (f"ragged_{saved_by}", into)
+        )
+        shutil.copytree(saved, copied)
+    dist.barrier()
+    trainer = make_trainer(world, folder, "ragged", lines, into=into)
     trainer.resume(RESUMED_AT)
     loaded = state_digests(trainer)
-    trainer.folder = RunFolder(folder / f"resumed_from_{saved_by}_by_{world.size}")
     trainer.run(rows(world, trainer.global_batch_size, RESUMED_AT), STEPS)
     return {**lines.told, "loaded": loaded}
 
@@ -226,8 +235,8 @@ def full_disk(world: World, folder: Path) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "__1_0.distcp")
 
     lines = Lines()
-    trainer = make_trainer(world, folder, "ragged", lines, "checkpoint.dump.every=1")
-    trainer.folder = RunFolder(folder / "full_disk")
+    keys = ("checkpoint.dump.every=1",)
+    trainer = make_trainer(world, folder, "ragged", lines, *keys, into="full_disk")
     steps = rows(world, trainer.global_batch_size)
     trainer.run(steps, 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -250,8 +259,7 @@ def full_disk(world: World, folder: Path) -> dict[str, Any]:
 def stop(world: World, folder: Path) -> dict[str, Any]:
     """A run that only the last rank is asked to stop, after two steps."""
     lines = Lines(stop_at_line=2 if world.rank == world.size - 1 else None)
-    trainer = make_trainer(world, folder, "idle", lines)
-    trainer.folder = RunFolder(folder / "stop")
+    trainer = make_trainer(world, folder, "idle", lines, into="stop")
     outcome = trainer.run(rows(world, trainer.global_batch_size), STEPS)
     return {"status": outcome.status, "step": outcome.step, "saved": lines.told["saved"]}
 

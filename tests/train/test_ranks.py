@@ -163,8 +163,7 @@ def test_one_process_resumes_what_three_ranks_saved(
     world: World, folder: Path, one: dict[str, Results], three: dict[str, list[Any]]
 ) -> None:
     lines = worker.Lines()
-    trainer = worker.make_trainer(world, folder, "ragged", lines)
-    trainer.folder = worker.RunFolder(folder / f"ragged_{SIZE}")
+    trainer = worker.make_trainer(world, folder, "ragged", lines, into=f"ragged_{SIZE}")
     trainer.resume(STEPS)
     saved = three["ragged"][0]["state"]
     assert any("exp_avg_sq" in name for name in saved)
