@@ -111,6 +111,56 @@ def test_what_hugging_face_cannot_compute_is_not_exported(
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "model.module_agg=stack model.module_seq_len=8",
+        "model.module_agg=sum model.module_seq_len=8 model.module_names=code",
+        "model.module_agg=drop model.weight_tying=true",
+    ],
+)
+def test_any_model_survives_the_way_through_safetensors(tmp_path: Path, keys: str) -> None:
+    model = checkpoint(tmp_path / "a", *keys.split())
+    convert("from=dcp", "to=safetensors", f"src={tmp_path / 'a'}", f"dst={tmp_path / 'plain'}")
+    assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == [
+        "model.safetensors",
+        "params.json",
+    ]
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(tensors[name], p) for name, p in model.named_parameters())
+    convert("from=safetensors", f"src={tmp_path / 'plain'}", f"dst={tmp_path / 'b'}")
+    found, _, config, _ = load_for_inference(str(tmp_path / "b"))
+    assert same_weights(found, model)
+    assert config == read_config(tmp_path / "a")
+    (tmp_path / "plain" / "params.json").unlink()
+    with pytest.raises(CheckpointError, match=r"plain/params.json: "):
+        convert("from=safetensors", f"src={tmp_path / 'plain'}", f"dst={tmp_path / 'c'}")
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_transformers_computes_the_same_from_an_export(tmp_path: Path, tied: str) -> None:
+    """A random model with grouped queries, all of whose tensors differ from their defaults."""
+    transformers = pytest.importorskip("transformers")
+    keys = ("model.module_agg=drop", f"model.weight_tying={tied}", "model.rope_theta=5e4")
+    model = checkpoint(tmp_path / "a", *keys)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_model(tmp_path / "b", model, read_config(tmp_path / "a"), TOKENIZER)
+    convert("from=dcp", "to=hf", f"src={tmp_path / 'b'}", f"dst={tmp_path / 'hf'}")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.dtype == torch.float32
+    tokens = torch.randint(0, TOKENIZER.n_words, (3, 32), generator=generator)
+    with torch.no_grad():
+        ours, found = model(tokens), theirs(tokens).logits
+    assert ours.std() > 0.1
+    assert torch.allclose(found, ours, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    convert("from=hf", f"src={tmp_path / 'again'}", f"dst={tmp_path / 'c'}", "tokenizer.name=bytes")
+    assert same_weights(load_for_inference(str(tmp_path / "c"))[0], model)
+
+
 def test_stories260k_from_both_formats_and_back(tmp_path: Path, shared_data: Path) -> None:
     golden = shared_data / "golden" / "stories260K"
     tokenizer = ("tokenizer.name=sp", f"tokenizer.path={golden / 'tok512.model'}")
