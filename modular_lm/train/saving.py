@@ -38,6 +38,8 @@ from modular_lm.train.tensor_files import write_tensors
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 300.0  # seconds
+
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. All methods but `written` are collectives.
@@ -57,6 +59,7 @@ class Saver:
         self._copy = HostCopy(pinned=world.device.type == "cuda")
         self._writing: threading.Thread | None = None
         self._outcome: dict[str, Any] | BaseException = {}
+        self._blocked = 0.0
 
     @property
     def busy(self) -> bool:
@@ -90,17 +93,12 @@ class Saver:
         blocking = not self._config.checkpoint.async_save
         if not blocking:
             tensors = self._copy(tensors)
-        blocked = time.perf_counter() - began
 
         def work() -> None:
             try:
                 saved = self._write(tensors, state, rolling)
                 seconds = time.perf_counter() - began
-                self._outcome = {
-                    **saved,
-                    "seconds": round(seconds, 3),
-                    "seconds_blocked": round(seconds if blocking else blocked, 3),
-                }
+                self._outcome = {**saved, "seconds": round(seconds, 3)}
             except BaseException as error:
                 self._outcome = error
 
@@ -108,6 +106,7 @@ class Saver:
         self._writing.start()
         if blocking:
             self._writing.join()
+        self._blocked = time.perf_counter() - began
 
     def collect(self) -> dict[str, Any]:
         """Wait for the save to end: what the event log should say of it.
@@ -115,16 +114,21 @@ class Saver:
         Raises AgreedError if a rank could not write; earlier checkpoints stay as they are.
         """
         assert self._writing is not None
+        asked = time.perf_counter()
         self._writing.join()
         self._writing = None
         if isinstance(self._outcome, BaseException):
             raise self._outcome
-        return self._outcome
+        blocked = self._blocked + time.perf_counter() - asked
+        return {**self._outcome, "seconds_blocked": round(blocked, 3)}
 
     def settle(self) -> None:
-        """Wait for a save that is under way, however it ends: training has failed meanwhile."""
+        """Wait for a save that is under way, however it ends: training has failed meanwhile.
+
+        Not for ever, as it may be a lost machine that both wait for.
+        """
         if self._writing is not None:
-            self._writing.join()
+            self._writing.join(timeout=_PATIENCE)
 
     def _write(self, tensors: dict[str, Any], state: TrainState, rolling: bool) -> dict[str, Any]:
         folder = inventory.step_folder(self._checkpoints, state.step)
