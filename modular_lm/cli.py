@@ -92,4 +92,5 @@ def setup_logging(rank: int | None = None, file: Path | None = None) -> None:
         force=True,
     )
     # The S3 client tells where it found its settings, for each of its instances.
-    logging.getLogger("aiobotocore").setLevel(logging.WARNING)
+    for name in ("aiobotocore", "botocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
