@@ -1,0 +1,285 @@
+"""The process of a job's batch step: Ray on all nodes, the job's driver on it, signals into stops.
+
+`python -m cluster.allocation PLAN` on the first node of a SLURM allocation (elsewhere inside one it
+moves there). The driver is `python -m <script> <arguments>` with RAY_ADDRESS set; its exit code
+decides. A signal of SLURM becomes SIGTERM to the driver, which is the run's stop request; when it
+has ended, and Ray with it, the job is put back into the queue if its work is to go on by itself.
+Exit codes as everywhere: 0 done, 1 failed, 2 bad input, 3 stopped and resumable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import _ray_start
+from cluster._causes import Cause, cause_of_loss, cause_of_signal, exit_code, why_not_requeue
+from cluster._control import Message
+from cluster._nodes import NodeGroup
+from cluster._shared_files import SharedFiles
+from cluster.plan import JobPlan
+from cluster.scheduler import Allocation, job_status, kill_wait, requeue, this_allocation
+from modular_lm.cli import setup_logging
+from modular_lm.errors import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    RunFailedError,
+    UserFacingError,
+)
+from modular_lm.tracking.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_TEARDOWN_S = 30.0
+# News of a lost node may come after the driver failed for it.
+_NEWS_S = 3.0
+_REQUEUED_S = 60.0
+
+_DEFAULTS = {
+    "OMP_NUM_THREADS": "1",  # as torchrun sets it
+    "PYTHONUNBUFFERED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Ray's own drain at SIGTERM is for clusters that others shrink; here the run has ended before.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+}
+
+
+class Stopped(Exception):
+    """The job is to end before its driver was started."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A signal, what a node says, or the end of the driver: one of these is set."""
+
+    signal: int | None = None
+    node: str | None = None
+    message: Message | None = None
+    driver: int | None = None
+
+
+def main(plan_file: Path) -> int:
+    """Carry out the plan; returns the exit code. Raises UserFacingError."""
+    allocation = this_allocation()
+    if os.environ.get("SLURMD_NODENAME") != allocation.nodes[0]:
+        _move_to(allocation.nodes[0], plan_file)
+    plan = JobPlan.read(plan_file)
+    if len(allocation.nodes) != plan.nodes:
+        raise ConfigError(
+            f"{plan_file}: is for {plan.nodes} nodes, {allocation} has {len(allocation.nodes)}"
+        )
+    shared = SharedFiles(plan.dump_dir, allocation.attempt)
+    shared.create()
+    try:
+        return _Job(plan, plan_file, allocation, shared).run()
+    finally:
+        shared.remove()
+
+
+def _move_to(node: str, plan_file: Path) -> None:
+    """Replace this process, on another node of the allocation or outside, by one on `node`."""
+    here = [sys.executable, "-m", "cluster.allocation", str(plan_file)]
+    where = ["srun", "--overlap", "--no-kill", "--nodes=1", "--ntasks=1", f"--nodelist={node}"]
+    os.execvp("srun", [*where, "--cpu-bind=none", "--mpi=none", "--unbuffered", *here])
+
+
+class _Job:
+    """One start of a job: its events, its driver, its nodes."""
+
+    def __init__(
+        self, plan: JobPlan, plan_file: Path, allocation: Allocation, shared: SharedFiles
+    ) -> None:
+        self._plan, self._plan_file, self._allocation = plan, plan_file, allocation
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        output = Path(plan.dump_dir) / "logs" / "ray" / f"{allocation.attempt}.log"
+        self._nodes = NodeGroup(plan, allocation, shared, output)
+        self._environment = _environment(plan, shared)
+        self._driver: subprocess.Popen | None = None
+        self._driver_code: int | None = None
+        self._cause: Cause | None = None
+        self._deadline = float("inf")
+        self._lost = False
+
+    def run(self) -> int:
+        for number in _SIGNALS:
+            signal.signal(number, lambda n, _: self._events.put(_Event(signal=n)))
+        code = EXIT_FAILED
+        try:
+            code = self._start_and_drive()
+        finally:
+            left = _TEARDOWN_S if self._cause is None else self._cause.teardown_s
+            self._nodes.take_down(left, self._ignore_signals)
+        if code == EXIT_STOPPED and self._cause is not None and self._cause.requeue:
+            return self._requeue()
+        return code
+
+    # ------------------------------------------------------------------ start, drive
+
+    def _start_and_drive(self) -> int:
+        began = time.monotonic()
+        tell = self._tell
+        try:
+            self._nodes.launch(self._plan_file, self._environment, tell)
+            self._nodes.bring_up(self._pump)
+        except Stopped:
+            return EXIT_STOPPED
+        log.info(
+            "Ray is up on %d nodes after %.0f s, head %s",
+            len(self._nodes.up),
+            time.monotonic() - began,
+            self._nodes.head_address,
+        )
+        self._start_driver()
+        while self._driver_code is None:
+            self._turn()
+        driver = self._driver_code
+        if driver == EXIT_FAILED or driver < 0:
+            self._hear_of_losses()
+            log.info("the driver ended with %s", _ray_start.how(driver))
+        code = exit_code(driver, self._cause, self._lost)
+        if code == EXIT_STOPPED and self._cause is None and self._lost:
+            self._cause = cause_of_loss("the run failed with a node that was lost")
+        return code
+
+    def _start_driver(self) -> None:
+        command = [sys.executable, "-m", self._plan.script, *self._plan.arguments]
+        driver = subprocess.Popen(
+            command,
+            cwd=self._plan.code,
+            env={**self._environment, "RAY_ADDRESS": self._nodes.head_address},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_ray_start.die_with_parent,
+        )
+        self._driver = driver
+        tell = self._events.put
+        threading.Thread(target=lambda: tell(_Event(driver=driver.wait())), daemon=True).start()
+
+    def _turn(self) -> None:
+        """Take one event in, or find that the driver's time is up."""
+        left = self._deadline - time.monotonic()
+        with contextlib.suppress(queue.Empty):
+            self._take(self._events.get(timeout=max(0.0, min(left, 3600.0))))
+        if self._deadline <= time.monotonic() and self._driver_code is None:
+            assert self._driver is not None
+            log.warning("the driver has not ended in time: it is killed")
+            self._deadline = float("inf")
+            self._driver.kill()
+
+    def _hear_of_losses(self) -> None:
+        deadline = time.monotonic() + _NEWS_S
+        while not self._lost and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._take(self._events.get(timeout=left))
+
+    # ------------------------------------------------------------------ events
+
+    def _tell(self, node: str, message: Message) -> None:
+        self._events.put(_Event(node=node, message=message))
+
+    def _pump(self, seconds: float) -> None:
+        """While the nodes come up: a signal ends the waiting."""
+        with contextlib.suppress(queue.Empty):
+            self._take(self._events.get(timeout=seconds))
+        if self._cause is not None:
+            raise Stopped
+
+    def _ignore_signals(self, seconds: float) -> None:
+        """While the nodes are taken down there is nothing that a signal could change."""
+        with contextlib.suppress(queue.Empty):
+            event = self._events.get(timeout=seconds)
+            if event.node is not None and event.message is not None:
+                self._nodes.on_message(event.node, event.message)
+
+    def _take(self, event: _Event) -> None:
+        if event.driver is not None:
+            self._driver_code = event.driver
+        elif event.signal is not None:
+            status = job_status(self._allocation)
+            self._stop(cause_of_signal(event.signal, self._allocation, status, kill_wait()))
+        elif event.node is not None and event.message is not None:
+            if event.node in self._nodes.nodes:
+                lost = self._nodes.on_message(event.node, event.message)
+                if lost is not None:
+                    self._on_loss(lost.name, lost.why)
+
+    def _on_loss(self, name: str, why: str) -> None:
+        self._lost = True
+        left = len(self._nodes.up)
+        log.warning("node %s is lost (%s); %d are left", name, why, left)
+        if name == self._nodes.head.name or left < self._plan.enough_nodes:
+            self._stop(cause_of_loss(f"{self._allocation} has lost node {name}: {why}"))
+
+    def _stop(self, cause: Cause) -> None:
+        """The driver is to save and end; later causes only shorten its time."""
+        first = self._cause is None
+        deadline = time.monotonic() + cause.driver_s
+        if first or deadline < self._deadline:
+            self._cause, self._deadline = cause, min(deadline, self._deadline)
+        if not first:
+            return
+        log.info("%s: stopping, with %.0f s to save", cause.reason, cause.driver_s)
+        if self._driver is None or self._driver_code is not None:
+            return
+        folder = RunFolder(self._plan.dump_dir)
+        if folder.events_file.exists() and folder.stop_requested() is None:
+            # Else the run would know of a SIGTERM only, not of what stood behind it.
+            with contextlib.suppress(OSError, UserFacingError):
+                folder.request_stop(cause.reason)
+                folder.append_event("stop_requested", reason=cause.reason)
+        self._driver.send_signal(signal.SIGTERM)
+
+    # ------------------------------------------------------------------ end
+
+    def _requeue(self) -> int:
+        assert self._cause is not None
+        if not self._plan.requeue:
+            print(f"{self._cause.reason}: not requeued; the same command continues", flush=True)
+            return EXIT_STOPPED
+        if why := why_not_requeue(Path(self._plan.dump_dir), self._allocation):
+            raise RunFailedError(why)
+        print(f"{self._cause.reason}: requeued", flush=True)
+        try:
+            requeue(self._allocation)
+        except RunFailedError as error:
+            print(f"{error}; submit the job again to continue", flush=True)
+            return EXIT_STOPPED
+        # SLURM ends this process; one that ended by itself could be taken for a finished job.
+        time.sleep(_REQUEUED_S)
+        return EXIT_STOPPED
+
+
+def _environment(plan: JobPlan, shared: SharedFiles) -> dict[str, str]:
+    """The environment of everything that runs in the job; the user's own values win."""
+    found = {**_DEFAULTS, **os.environ, **plan.environment}
+    found.pop("RAY_ADDRESS", None)
+    path = [plan.code, *filter(None, [found.get("PYTHONPATH")])]
+    return found | {
+        "PYTHONPATH": os.pathsep.join(path),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(shared.token),
+    }
+
+
+if __name__ == "__main__":
+    setup_logging()
+    try:
+        if len(sys.argv) != 2:
+            raise ConfigError("usage: python -m cluster.allocation PLAN")
+        sys.exit(main(Path(sys.argv[1])))
+    except UserFacingError as failure:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        sys.exit(failure.exit_code)

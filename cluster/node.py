@@ -1,0 +1,192 @@
+"""On every node of a job, under srun: check the node, run its Ray, end it and clean up.
+
+`python -m cluster.node PLAN ATTEMPT HOST PORT` is started by `cluster.allocation` and does what
+that says over the wire. It decides one thing alone: when the wire is cut it ends everything here,
+so that nothing outlives the job. Signals of SLURM mean the job, not this process: they are answered
+by the allocation.
+
+Messages to a node: claim (first, size), start (head), stop (grace_s). From it: hello (node,
+address, host, word), claimed (taken), ready, lost (why), stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from cluster import _control, _ray_start
+from cluster._control import Message
+from cluster._ray_logs import save_logs
+from cluster._shared_files import SharedFiles
+from cluster.plan import JobPlan
+from cluster.ports import PortBlock, claimed
+from cluster.scheduler import node_address
+from modular_lm.errors import ConfigError, RunFailedError, UserFacingError, reason
+
+_BEAT_S = 0.5
+_SHARED_PATIENCE_S = 30.0
+_CUT_GRACE_S = 2.0
+
+
+def main(plan_file: str, attempt: str, host: str, port: str) -> int:
+    """Serve the allocation at host:port until it says stop; returns the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        # Not SIG_IGN, which Ray's processes would inherit.
+        signal.signal(number, lambda *_: None)
+    name = os.environ["SLURMD_NODENAME"]
+    plan = JobPlan.read(Path(plan_file))
+    _ray_start.raise_open_files()
+    shared = SharedFiles(plan.dump_dir, attempt)
+    secret, word = _read_shared(shared, name)
+    try:
+        connection = _control.connect(host, int(port), secret)
+    except (OSError, EOFError, AuthenticationError) as error:
+        raise RunFailedError(f"{name}: no way to {host}:{port}: {reason(error)}") from error
+    folder = _own_folder(plan.temp_root, attempt, name)
+    try:
+        node = _Node(plan, name, attempt, folder, connection)
+        node.hello(word)
+        node.serve()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+class _Node:
+    """This node's Ray and what the allocation knows of it."""
+
+    def __init__(
+        self, plan: JobPlan, name: str, attempt: str, folder: Path, connection: Connection
+    ) -> None:
+        self._plan, self._name, self._attempt = plan, name, attempt
+        self._folder, self._connection = folder, connection
+        self._address = node_address(name)
+        self._mark = f"{attempt} {name}"
+        self._claim = contextlib.ExitStack()
+        self._block: PortBlock | None = None
+        self._ray: _ray_start.RayNode | None = None
+        self._process: subprocess.Popen | None = None
+        self._is_up = False
+
+    def hello(self, word: str) -> None:
+        """Say who and where this node is."""
+        self._send("hello", node=self._name, address=self._address, host=_this_machine(), word=word)
+
+    def serve(self) -> None:
+        """Do what is asked until the end; the node's Ray is gone when this returns."""
+        grace = _CUT_GRACE_S
+        try:
+            while True:
+                if self._connection.poll(_BEAT_S):
+                    message = _control.receive(self._connection)
+                    if message["kind"] == "stop":
+                        grace = message["grace_s"]
+                        return
+                    self._do(message)
+                self._look()
+        except (OSError, EOFError):
+            print(f"{self._name}: the allocation is gone", flush=True)
+        finally:
+            self._end(grace)
+            with contextlib.suppress(OSError):
+                self._send("stopped")
+
+    def _do(self, message: Message) -> None:
+        if message["kind"] == "claim":
+            self._claim.close()
+            self._block = PortBlock(message["first"], message["size"])
+            taken = self._claim.enter_context(claimed(self._block))
+            self._send("claimed", first=self._block.first, taken=taken)
+        elif message["kind"] == "start":
+            assert self._block is not None
+            self._ray = _ray_start.RayNode(
+                self._name, self._address, self._block, self._folder, message["head"], self._mark
+            )
+            self._process = _ray_start.start(self._ray, self._plan, dict(os.environ))
+
+    def _look(self) -> None:
+        """Report that this node's Ray came up, or that it is gone."""
+        if self._process is None or self._ray is None:
+            return
+        if why := _ray_start.trouble(self._ray, self._process):
+            _ray_start.end(self._process, self._mark, 0)
+            self._process = None
+            self._send("lost", why=why)
+        elif not self._is_up and _ray_start.is_up(self._ray):
+            self._is_up = True
+            self._send("ready")
+
+    def _end(self, grace_s: float) -> None:
+        if self._process is not None:
+            _ray_start.end(self._process, self._mark, grace_s)
+        self._claim.close()
+        save_logs(
+            self._folder,
+            Path(self._plan.dump_dir) / "logs" / "ray" / self._name / self._attempt,
+        )
+
+    def _send(self, kind: str, **fields: object) -> None:
+        _control.send(self._connection, {"kind": kind, **fields})
+
+
+def _read_shared(shared: SharedFiles, name: str) -> tuple[bytes, str]:
+    """The key of the wire, and the word that this node left. Raises ConfigError."""
+    deadline = time.monotonic() + _SHARED_PATIENCE_S
+    while True:
+        try:
+            return shared.secret, shared.answer(name)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"dump_dir: {name} does not see what the first node wrote ({reason(error)}); "
+                    "dump_dir must be on a file system that all nodes share"
+                ) from error
+        time.sleep(0.2)
+
+
+def _own_folder(temp_root: str, attempt: str, name: str) -> Path:
+    """A new folder of this node's own disk; those of earlier starts of this job go.
+
+    Raises RunFailedError where it cannot be made.
+    """
+    job = attempt.rpartition("-")[0]
+    # Node names may be long, sockets' paths may not.
+    prefix = f"mlm{job}-{name[-12:]}-"
+    for old in Path(temp_root).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if old.stat().st_uid == os.getuid():
+                shutil.rmtree(old)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=temp_root))
+    except OSError as error:
+        raise RunFailedError(f"temp_root={temp_root} on {name}: {reason(error)}") from error
+    try:
+        _ray_start.check_folder(folder)
+    except RunFailedError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def _this_machine() -> str:
+    """Equal for nodes that are slurmd processes of one host."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except UserFacingError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(error.exit_code)

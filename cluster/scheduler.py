@@ -1,0 +1,156 @@
+"""What SLURM says of the job that this process belongs to, and the one thing asked of it: requeue.
+
+The launcher's side (sbatch) is not here. Commands of SLURM are run as they are on the PATH; a
+controller that does not answer is an unknown answer, never a reason to end a job.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from modular_lm.errors import ConfigError, RunFailedError
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 20
+_DEFAULT_KILL_WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The job whose process this is.
+
+    job: how SLURM's commands name this job and no other: "123", for a task of an array "120_3";
+    restarts: how often it was requeued; nodes: first the one that runs the batch script.
+    """
+
+    job: str
+    restarts: int
+    nodes: tuple[str, ...]
+
+    @property
+    def attempt(self) -> str:
+        """A name for this start of this job, short enough for paths."""
+        return f"{self.job}-{self.restarts}"
+
+    def __str__(self) -> str:
+        return f"SLURM job {self.job}"
+
+
+def this_allocation(environment: Mapping[str, str] = os.environ) -> Allocation:
+    """The allocation that the environment describes. Raises ConfigError outside of one."""
+    if "SLURM_JOB_ID" not in environment:
+        raise ConfigError(
+            "SLURM_JOB_ID is not set: this runs inside a SLURM job; submit one, or use salloc"
+        )
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        # The last task has the array's own number, by which commands would mean all tasks.
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    nodes = _run("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+    return Allocation(job, int(environment.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
+
+
+def number_of(allocation: Allocation) -> int:
+    """A number that no other job has for a long time: neighbours have neighbouring ones."""
+    first, _, task = allocation.job.partition("_")
+    return int(first) + int(task or 0)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """state: RUNNING, COMPLETING, ...; preempted: within the grace time of a preemption; ends_in:
+    seconds until SLURM ends the job, None if it does not say."""
+
+    state: str
+    preempted: bool
+    ends_in: float | None
+
+
+def job_status(allocation: Allocation) -> JobStatus:
+    """How the job stands; state UNKNOWN if SLURM does not answer."""
+    try:
+        shown = _run("scontrol", "--oneliner", "show", "job", allocation.job)
+    except RunFailedError as error:
+        log.warning("%s", error)
+        return JobStatus("UNKNOWN", False, None)
+    return parse_status(shown, time.time())
+
+
+def parse_status(shown: str, now: float) -> JobStatus:
+    """The status in the line that `scontrol --oneliner show job` prints."""
+    fields = dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", shown))
+    ends = _timestamp(fields.get("EndTime", ""))
+    return JobStatus(
+        state=fields.get("JobState", "UNKNOWN"),
+        preempted=_timestamp(fields.get("PreemptTime", "")) is not None,
+        ends_in=None if ends is None else ends - now,
+    )
+
+
+def kill_wait() -> float:
+    """Seconds between SIGTERM and SIGKILL when SLURM ends a job."""
+    try:
+        found = re.search(
+            r"^KillWait\s*=\s*(\d+)", _run("scontrol", "show", "config"), re.MULTILINE
+        )
+    except RunFailedError:
+        found = None
+    return float(found[1]) if found else _DEFAULT_KILL_WAIT_S
+
+
+def requeue(allocation: Allocation) -> None:
+    """Put this job, of an array this task only, back into the queue; SLURM then ends its processes.
+
+    Raises RunFailedError where SLURM refuses.
+    """
+    _run("scontrol", "requeue", allocation.job)
+
+
+def node_address(node: str) -> str:
+    """The address under which other nodes reach this one.
+
+    The one that SLURM has for it, if that is an address: where several slurmd share a host, each
+    has its own. Else the host's first.
+    """
+    try:
+        shown = _run("scontrol", "--oneliner", "show", "node", node)
+        found = re.search(r"\bNodeAddr=(\S+)", shown)
+        if found:
+            return str(ipaddress.ip_address(found[1]))
+    except (RunFailedError, ValueError):
+        pass
+    addresses = _run("hostname", "-I").split()
+    if not addresses:
+        raise RunFailedError(f"{node}: `hostname -I` shows no address")
+    return addresses[0]
+
+
+def _timestamp(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None  # Unknown, None, N/A
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
+        )
+    except FileNotFoundError:
+        raise RunFailedError(f"{command[0]}: no such command; is SLURM on the PATH?") from None
+    except subprocess.TimeoutExpired:
+        raise RunFailedError(f"{' '.join(command)}: no answer in {_TIMEOUT_S} s") from None
+    except subprocess.CalledProcessError as error:
+        said = " ".join((error.stderr or error.stdout).split())[-300:]
+        raise RunFailedError(f"{' '.join(command)}: {said}") from None
+    return done.stdout
