@@ -42,7 +42,7 @@ class Nodes:
         self._received = received
         self._connections: dict[str, Connection] = {}
         self._listener = Listener(("", 0), backlog=1024)
-        self.port: int = self._listener.address[1]
+        self.port = int(self._listener.address[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def send(self, node: str, message: Message) -> None:
@@ -54,7 +54,9 @@ class Nodes:
         """Hang up: nodes that still run end by themselves."""
         self._listener.close()
         for connection in list(self._connections.values()):
-            connection.close()
+            # Closing alone would not, while a thread reads from it.
+            with contextlib.suppress(OSError), _socket_of(connection) as shared:
+                shared.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while True:
@@ -99,8 +101,12 @@ def receive(connection: Connection) -> Message:
 
 
 def _watch(connection: Connection) -> None:
-    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+    with _socket_of(connection) as shared:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             shared.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         shared.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNANSWERED_MS)
+
+
+def _socket_of(connection: Connection) -> socket.socket:
+    return socket.socket(fileno=os.dup(connection.fileno()))

@@ -208,13 +208,18 @@ class _Job:
         if event.driver is not None:
             self._driver_code = event.driver
         elif event.signal is not None:
-            status = job_status(self._allocation)
-            self._stop(cause_of_signal(event.signal, self._allocation, status, kill_wait()))
-        elif event.node is not None and event.message is not None:
-            if event.node in self._nodes.nodes:
-                lost = self._nodes.on_message(event.node, event.message)
-                if lost is not None:
-                    self._on_loss(lost.name, lost.why)
+            self._on_signal(event.signal)
+        elif event.node in self._nodes.nodes and event.message is not None:
+            if event.message["kind"] == "signal":
+                # All nodes get the same; one is enough.
+                if event.node == self._nodes.head.name:
+                    self._on_signal(event.message["number"])
+            elif lost := self._nodes.on_message(event.node, event.message):
+                self._on_loss(lost.name, lost.why)
+
+    def _on_signal(self, number: int) -> None:
+        status = job_status(self._allocation)
+        self._stop(cause_of_signal(number, self._allocation, status, kill_wait()))
 
     def _on_loss(self, name: str, why: str) -> None:
         self._lost = True

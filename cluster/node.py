@@ -2,11 +2,11 @@
 
 `python -m cluster.node PLAN ATTEMPT HOST PORT` is started by `cluster.allocation` and does what
 that says over the wire. It decides one thing alone: when the wire is cut it ends everything here,
-so that nothing outlives the job. Signals of SLURM mean the job, not this process: they are answered
-by the allocation.
+so that nothing outlives the job. Signals of SLURM mean the job, not this process: they are passed
+on, for that of a preemption is sent to the steps of a job only.
 
 Messages to a node: claim (first, size), start (head), stop (grace_s). From it: hello (node,
-address, host, word), claimed (taken), ready, lost (why), stopped.
+address, host, word), claimed (taken), ready, lost (why), signal (number), stopped.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _CUT_GRACE_S = 2.0
 
 def main(plan_file: str, attempt: str, host: str, port: str) -> int:
     """Serve the allocation at host:port until it says stop; returns the exit code."""
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        # Not SIG_IGN, which Ray's processes would inherit.
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda n, _: signals.append(n))
     name = os.environ["SLURMD_NODENAME"]
     plan = JobPlan.read(Path(plan_file))
     _ray_start.raise_open_files()
@@ -54,7 +54,7 @@ def main(plan_file: str, attempt: str, host: str, port: str) -> int:
         raise RunFailedError(f"{name}: no way to {host}:{port}: {reason(error)}") from error
     folder = _own_folder(plan.temp_root, attempt, name)
     try:
-        node = _Node(plan, name, attempt, folder, connection)
+        node = _Node(plan, name, attempt, folder, connection, signals)
         node.hello(word)
         node.serve()
     finally:
@@ -66,10 +66,16 @@ class _Node:
     """This node's Ray and what the allocation knows of it."""
 
     def __init__(
-        self, plan: JobPlan, name: str, attempt: str, folder: Path, connection: Connection
+        self,
+        plan: JobPlan,
+        name: str,
+        attempt: str,
+        folder: Path,
+        connection: Connection,
+        signals: list[int],
     ) -> None:
         self._plan, self._name, self._attempt = plan, name, attempt
-        self._folder, self._connection = folder, connection
+        self._folder, self._connection, self._signals = folder, connection, signals
         self._address = node_address(name)
         self._mark = f"{attempt} {name}"
         self._claim = contextlib.ExitStack()
@@ -93,6 +99,8 @@ class _Node:
                         grace = message["grace_s"]
                         return
                     self._do(message)
+                while self._signals:
+                    self._send("signal", number=self._signals.pop(0))
                 self._look()
         except (OSError, EOFError):
             print(f"{self._name}: the allocation is gone", flush=True)

@@ -1,0 +1,112 @@
+"""What a signal means, how long there is, and how a job ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from cluster._causes import (
+    Cause,
+    cause_of_loss,
+    cause_of_signal,
+    checkpoints_recorded,
+    exit_code,
+    why_not_requeue,
+)
+from cluster.scheduler import Allocation, JobStatus
+from modular_lm.tracking.run_folder import RunFolder
+
+JOB = Allocation("12", 0, ("n0", "n1"))
+RUNNING = JobStatus("RUNNING", False, 90.0)
+PREEMPTED = JobStatus("RUNNING", True, 90.0)
+ENDING = JobStatus("COMPLETING", False, -3.0)
+KILL_WAIT = 30.0
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "reason", "requeue"),
+    [
+        (signal.SIGUSR1, RUNNING, "SLURM job 12 is near its time limit (SIGUSR1)", True),
+        (signal.SIGUSR1, PREEMPTED, "SLURM job 12 is preempted (SIGUSR1)", True),
+        (signal.SIGUSR2, RUNNING, "SLURM job 12 is near its time limit (SIGUSR2)", True),
+        (signal.SIGTERM, PREEMPTED, "SLURM job 12 is preempted (SIGTERM)", True),
+        (signal.SIGTERM, RUNNING, "SLURM job 12 is asked to stop (SIGTERM)", False),
+        (signal.SIGINT, RUNNING, "SLURM job 12 is asked to stop (SIGINT)", False),
+        (signal.SIGTERM, ENDING, "SLURM job 12 is ended by SLURM (SIGTERM)", False),
+        (
+            signal.SIGTERM,
+            JobStatus("UNKNOWN", False, None),
+            "SLURM job 12 is ended by SLURM (SIGTERM)",
+            False,
+        ),
+    ],
+)
+def test_what_a_signal_means(number: int, status: JobStatus, reason: str, requeue: bool) -> None:
+    cause = cause_of_signal(number, JOB, status, KILL_WAIT)
+    assert (cause.reason, cause.requeue) == (reason, requeue)
+    left = status.ends_in if status.state == "RUNNING" else KILL_WAIT
+    assert left is not None
+    # Saving and taking down fit into the time that there is.
+    assert 0 < cause.teardown_s < left
+    assert cause.driver_s + cause.teardown_s == pytest.approx(left)
+
+
+def test_a_job_without_a_time_limit_waits_but_not_for_ever() -> None:
+    cause = cause_of_signal(signal.SIGUSR1, JOB, JobStatus("RUNNING", False, None), KILL_WAIT)
+    assert 600 < cause.driver_s < 7200
+
+
+STOP = Cause("", True, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cause", "lost", "code"),
+    [
+        (0, None, False, 0),
+        (0, STOP, True, 0),
+        (1, None, False, 1),
+        (1, STOP, False, 3),
+        (1, None, True, 3),
+        (2, STOP, True, 2),
+        (3, None, False, 3),
+        (-9, None, False, 1),
+        (-9, STOP, False, 3),
+        (-15, cause_of_loss("gone"), True, 3),
+    ],
+)
+def test_the_exit_code_of_a_job(driver: int, cause: Cause | None, lost: bool, code: int) -> None:
+    assert exit_code(driver, cause, lost) == code
+
+
+def test_a_second_requeue_needs_a_new_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "ray" / "slurm").mkdir(parents=True)
+    run = RunFolder(tmp_path)
+    run.append_event("created")
+    assert why_not_requeue(tmp_path, JOB) is None
+    run.append_event("attempt")
+    assert "has saved no checkpoint since" in (why_not_requeue(tmp_path, JOB) or "")
+    run.append_event("checkpoint", step=10)
+    assert why_not_requeue(tmp_path, JOB) is None
+    # A checkpoint that is reported twice is one.
+    run.append_event("checkpoint", step=10)
+    assert why_not_requeue(tmp_path, JOB) is not None
+    # Another submission starts afresh.
+    assert why_not_requeue(tmp_path, Allocation("13", 0, ("n0",))) is None
+
+
+def test_checkpoints_of_a_sweep_are_those_of_its_runs(tmp_path: Path) -> None:
+    assert checkpoints_recorded(tmp_path) is None
+    for name, steps in {"a": (10,), "trials/b": (10, 20)}.items():
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir(parents=True)
+        for step in steps:
+            run.append_event("checkpoint", step=step)
+    assert checkpoints_recorded(tmp_path) == 3
+
+
+def test_a_job_without_an_event_log_may_be_requeued_again(tmp_path: Path) -> None:
+    (tmp_path / "ray" / "slurm").mkdir(parents=True)
+    assert why_not_requeue(tmp_path, JOB) is None
+    assert why_not_requeue(tmp_path, JOB) is None
