@@ -18,7 +18,7 @@ from modular_lm.tracking.run_folder import RunFolder
 _WITHOUT_END_S = 3600.0
 # Of the time that is left, for taking Ray down and requeueing.
 _TEARDOWN_SHARE, _TEARDOWN_S = 0.4, 30.0
-_LOSS_PATIENCE_S = 60.0
+_LOSS_PATIENCE_S, _HEAD_PATIENCE_S = 60.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def cause_of_signal(
     return Cause(f"{allocation} {what} ({name})", requeue, left - teardown, teardown)
 
 
-def cause_of_loss(why: str) -> Cause:
-    """Too few nodes are left: what remains cannot save anything, but may be ending anyway."""
-    return Cause(why, True, _LOSS_PATIENCE_S, _TEARDOWN_S)
+def cause_of_loss(why: str, *, is_head: bool = False) -> Cause:
+    """Too few nodes are left, or the head is not: hardly anything can be saved any more."""
+    return Cause(why, True, _HEAD_PATIENCE_S if is_head else _LOSS_PATIENCE_S, _TEARDOWN_S)
 
 
 def exit_code(driver: int, cause: Cause | None, lost: bool) -> int:

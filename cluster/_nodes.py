@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -95,13 +96,14 @@ class NodeGroup:
         """Start `cluster.node` everywhere. `tell(node, message)` is called in threads."""
         self._wire = Wire(self._shared.secret, tell)
         n = len(self.nodes)
-        gpus = self._plan.gpus_per_node
+        gpus, container = self._plan.gpus_per_node, shlex.split(self._plan.container)
+        python = [*container, "python3"] if container else [sys.executable]
         command = [
-            *("srun", "--no-kill", "--overlap", f"--nodes={n}", f"--ntasks={n}"),
+            *("srun", "--no-kill", "--overlap", "--export=ALL", f"--nodes={n}", f"--ntasks={n}"),
             *("--ntasks-per-node=1", f"--cpus-per-task={self._plan.cpus_per_node}"),
             *([f"--gres=gpu:{gpus}"] if gpus else []),
             *("--cpu-bind=none", "--kill-on-bad-exit=0", "--mpi=none", "--input=none"),
-            *("--label", "--unbuffered", sys.executable, "-m", "cluster.node"),
+            *("--label", "--unbuffered", *python, "-m", "cluster.node"),
             *(str(plan_file), self._allocation.attempt),
             *(node_address(self.head.name), str(self._wire.port)),
         ]

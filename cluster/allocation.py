@@ -83,10 +83,12 @@ def main(plan_file: Path) -> int:
         )
     shared = SharedFiles(plan.dump_dir, allocation.attempt)
     shared.create()
+    job = _Job(plan, plan_file, allocation, shared)
     try:
-        return _Job(plan, plan_file, allocation, shared).run()
+        code = job.run()
     finally:
         shared.remove()
+    return job.requeued() if code == EXIT_STOPPED and job.is_to_go_on else code
 
 
 def _move_to(node: str, plan_file: Path) -> None:
@@ -112,6 +114,7 @@ class _Job:
         self._cause: Cause | None = None
         self._deadline = float("inf")
         self._lost = False
+        self._kill_wait = kill_wait()
 
     def run(self) -> int:
         for number in _SIGNALS:
@@ -122,9 +125,12 @@ class _Job:
         finally:
             left = _TEARDOWN_S if self._cause is None else self._cause.teardown_s
             self._nodes.take_down(left, self._ignore_signals)
-        if code == EXIT_STOPPED and self._cause is not None and self._cause.requeue:
-            return self._requeue()
         return code
+
+    @property
+    def is_to_go_on(self) -> bool:
+        """Whether the job stopped for something after which it is to go on by itself."""
+        return self._cause is not None and self._cause.requeue
 
     # ------------------------------------------------------------------ start, drive
 
@@ -219,14 +225,16 @@ class _Job:
 
     def _on_signal(self, number: int) -> None:
         status = job_status(self._allocation)
-        self._stop(cause_of_signal(number, self._allocation, status, kill_wait()))
+        self._stop(cause_of_signal(number, self._allocation, status, self._kill_wait))
 
     def _on_loss(self, name: str, why: str) -> None:
         self._lost = True
         left = len(self._nodes.up)
         log.warning("node %s is lost (%s); %d are left", name, why, left)
-        if name == self._nodes.head.name or left < self._plan.enough_nodes:
-            self._stop(cause_of_loss(f"{self._allocation} has lost node {name}: {why}"))
+        is_head = name == self._nodes.head.name
+        if is_head or left < self._plan.enough_nodes:
+            reason = f"{self._allocation} has lost node {name}: {why}"
+            self._stop(cause_of_loss(reason, is_head=is_head))
 
     def _stop(self, cause: Cause) -> None:
         """The driver is to save and end; later causes only shorten its time."""
@@ -249,7 +257,11 @@ class _Job:
 
     # ------------------------------------------------------------------ end
 
-    def _requeue(self) -> int:
+    def requeued(self) -> int:
+        """Put the job back into the queue if it may be; returns the exit code.
+
+        Raises RunFailedError if it would go on like that for ever.
+        """
         assert self._cause is not None
         if not self._plan.requeue:
             print(f"{self._cause.reason}: not requeued; the same command continues", flush=True)
@@ -262,8 +274,10 @@ class _Job:
         except RunFailedError as error:
             print(f"{error}; submit the job again to continue", flush=True)
             return EXIT_STOPPED
-        # SLURM ends this process; one that ended by itself could be taken for a finished job.
-        time.sleep(_REQUEUED_S)
+        # SLURM ends this process. One that ended before that could be taken for a finished job.
+        with contextlib.suppress(queue.Empty):
+            while self._events.get(timeout=_REQUEUED_S).signal is None:
+                pass
         return EXIT_STOPPED
 
 

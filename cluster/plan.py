@@ -29,6 +29,7 @@ class JobPlan:
     start_timeout_s: how long the nodes may take to come up.
     port_range: ports [first, last) of which every job takes a block.
     temp_root: short folder on each node's own disk.
+    container: command before which `python3` runs in a container on each node, "" without one.
     environment: further variables of everything that runs in the job.
     """
 
@@ -44,6 +45,7 @@ class JobPlan:
     start_timeout_s: int = 600
     port_range: tuple[int, int] = (20000, 32000)
     temp_root: str = "/tmp"
+    container: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property

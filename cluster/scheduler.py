@@ -20,7 +20,9 @@ from modular_lm.errors import ConfigError, RunFailedError
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 20
+_TIMEOUT_S = 20.0
+# When a signal has come there is little time.
+_STATUS_TIMEOUT_S = 5.0
 _DEFAULT_KILL_WAIT_S = 30.0
 
 
@@ -78,7 +80,8 @@ class JobStatus:
 def job_status(allocation: Allocation) -> JobStatus:
     """How the job stands; state UNKNOWN if SLURM does not answer."""
     try:
-        shown = _run("scontrol", "--oneliner", "show", "job", allocation.job)
+        command = ("scontrol", "--oneliner", "show", "job", allocation.job)
+        shown = _run(*command, timeout=_STATUS_TIMEOUT_S)
     except RunFailedError as error:
         log.warning("%s", error)
         return JobStatus("UNKNOWN", False, None)
@@ -141,15 +144,13 @@ def _timestamp(text: str) -> float | None:
         return None  # Unknown, None, N/A
 
 
-def _run(*command: str) -> str:
+def _run(*command: str, timeout: float = _TIMEOUT_S) -> str:
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
     except FileNotFoundError:
         raise RunFailedError(f"{command[0]}: no such command; is SLURM on the PATH?") from None
     except subprocess.TimeoutExpired:
-        raise RunFailedError(f"{' '.join(command)}: no answer in {_TIMEOUT_S} s") from None
+        raise RunFailedError(f"{' '.join(command)}: no answer in {timeout:.0f} s") from None
     except subprocess.CalledProcessError as error:
         said = " ".join((error.stderr or error.stdout).split())[-300:]
         raise RunFailedError(f"{' '.join(command)}: {said}") from None

@@ -102,6 +102,10 @@ class Slurm:
         """The exit code of a job that ended."""
         return int(self._field(job_id, "ExitCode").partition(":")[0])
 
+    def restarts(self, job_id: str) -> int:
+        """How often a job was requeued."""
+        return int(self._field(job_id, "Restarts"))
+
     def _field(self, job_id: str, name: str) -> str:
         shown = self.run("scontrol", "--oneliner", "show", "job", job_id)
         return next(f.partition("=")[2] for f in shown.split() if f.startswith(f"{name}="))

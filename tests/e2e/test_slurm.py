@@ -1,0 +1,180 @@
+"""Training inside jobs of a real SLURM: both nodes, signals, requeues, lost nodes, nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import _ray_start
+from cluster.plan import JobPlan
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import complete_steps
+from tests.slurm import Slurm
+from tests.support import REPO, TINY, assert_unharmed, losses, train_workers, wait_until
+from tests.tracking.mlflow_store import runs
+
+# One worker to a node, with one CPU to spare for Ray Data.
+ARGUMENTS = [*TINY, "ray.cpus_per_worker=2"]
+CPUS = 3
+NODES = ("n0", "n1")
+PORTS = (20000, 26000)
+MLFLOW = "logging.mlflow.enabled=true"
+OUR_FOLDERS = "mlm[0-9]*"
+TEMP = Path("/tmp")
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(os.name != "posix", reason="SLURM"),
+]
+
+
+class Jobs:
+    """Submits training as jobs, and knows what they leave."""
+
+    def __init__(self, slurm: Slurm, root: Path, cache: Path) -> None:
+        self.slurm, self.root, self.cache = slurm, root, cache
+        self.submitted: list[str] = []
+
+    def submit(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
+        """Train in `root/name`; returns the job's id."""
+        folder = self.folder(name)
+        folder.create()
+        plan = folder.ray / "slurm" / "plan.json"
+        self._plan(folder, arguments).write(plan)
+        script = folder.path / "submit.slurm"
+        script.write_text(
+            f"#!/bin/bash\ncd {REPO}\nexec {REPO}/.venv/bin/python -m cluster.allocation {plan}\n"
+        )
+        job = self.slurm.run(
+            *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--no-kill"),
+            *(f"--cpus-per-task={CPUS}", "--time=20", "--signal=B:USR1@120", "--requeue"),
+            *("--open-mode=append", f"--output={folder.logs}/slurm-%A.out", *options, str(script)),
+        ).strip()
+        self.submitted.append(job)
+        return job
+
+    def _plan(self, folder: RunFolder, arguments: tuple[str, ...]) -> JobPlan:
+        return JobPlan(
+            script="ray_jobs.train",
+            arguments=[*ARGUMENTS, f"dump_dir={folder.path}", *arguments],
+            dump_dir=str(folder.path),
+            code=str(REPO),
+            nodes=2,
+            cpus_per_node=CPUS,
+            min_nodes=1 if "ray.num_workers=[1,2]" in arguments else 0,
+            start_timeout_s=300,
+            port_range=PORTS,
+            environment={
+                "MODULAR_LM_CACHE": str(self.cache),
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            },
+        )
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.root / name)
+
+    def finish(self, job: str, name: str, state: str = "COMPLETED") -> None:
+        """Wait until a job has ended, and fail with its output unless so."""
+        ended = self.slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        assert ended == state, self.output(name)
+
+    def output(self, name: str) -> str:
+        """The ends of what a job and its nodes printed."""
+        files = [*self.folder(name).logs.glob("slurm-*.out")]
+        files += self.folder(name).logs.glob("ray/*.log")
+        return "\n".join(f"--- {f}\n{f.read_text()[-6000:]}" for f in files)
+
+    def workers(self, name: str) -> dict[str, psutil.Process]:
+        """The training processes of a run, by the node that SLURM knows them on."""
+        (token,) = self.folder(name).ray.glob("slurm/*/token")
+        found = train_workers({"RAY_AUTH_TOKEN_PATH": str(token)})
+        return {process.environ()["SLURMD_NODENAME"]: process for process in found}
+
+    def reach(self, name: str, step: int) -> None:
+        """Wait until a run has logged this step."""
+        folder = self.folder(name)
+        wait_until(lambda: any(m["global_step"] >= step for m in folder.metrics), f"step {step}")
+
+    def raylet(self, job: str, node: str) -> psutil.Process:
+        """The raylet of one node of a job's first start."""
+        (found,) = [
+            p for p in _ray_start.marked(f"{job}-0 {node}") if p.name().startswith("raylet")
+        ]
+        return found
+
+
+@pytest.fixture
+def training(slurm: Slurm, cache: Path, tmp_path: Path) -> Iterator[Jobs]:
+    """Submits jobs; at the end none of them, and nothing of them, is left."""
+    before = set(TEMP.glob(OUR_FOLDERS))
+    jobs = Jobs(slurm, tmp_path, cache)
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    ended_alone = False
+    try:
+        yield jobs
+        ended_alone = all(slurm.state(job) in over for job in jobs.submitted)
+        if ended_alone:
+            wait_until(lambda: not slurm.processes(), "the last processes of the jobs", 30)
+            assert set(TEMP.glob(OUR_FOLDERS)) == before
+            assert list(tmp_path.glob("*/ray/slurm/*/token")) == []
+    finally:
+        slurm.cancel_all()
+        # What was killed with its node leaves its folder to the next start there.
+        for folder in set(TEMP.glob(OUR_FOLDERS)) - before:
+            assert not ended_alone, folder
+
+
+def attempts(folder: RunFolder) -> list[dict]:
+    return [event for event in folder.events() if event["event"] == "attempt"]
+
+
+def stop_reasons(folder: RunFolder) -> list[str]:
+    return [event["reason"] for event in folder.events() if event["event"] == "stop_requested"]
+
+
+def test_two_jobs_share_both_hosts_and_one_is_interrupted_and_requeued(training: Jobs) -> None:
+    """By the signal ahead of the time limit; it ends where the other, undisturbed one does."""
+    slurm = training.slurm
+    whole = training.submit("whole")
+    cut = training.submit("cut", MLFLOW)
+    training.reach("cut", 3)
+    assert set(training.workers("cut")) == set(NODES)
+    slurm.run("scancel", "--signal=USR1", "--batch", cut)
+    training.finish(whole, "whole")
+    training.finish(cut, "cut")
+    assert_unharmed(training.folder("cut"), training.folder("whole"))
+    first, second = attempts(training.folder("cut"))
+    assert 3 <= second["start_step"] < 40
+    assert second["steps_again"] == first["start_step"] == 0
+    assert stop_reasons(training.folder("cut")) == [
+        f"SLURM job {cut} is near its time limit (SIGUSR1)"
+    ]
+    assert len(attempts(training.folder("whole"))) == 1
+    (mirrored,) = runs(training.root)
+    assert mirrored.info.status == "FINISHED"
+    for name, starts in (("whole", 1), ("cut", 2)):
+        for node in NODES:
+            saved = list(training.folder(name).logs.glob(f"ray/{node}/*"))
+            assert len(saved) == starts
+            assert all((folder / "raylet.out").stat().st_size > 0 for folder in saved)
+
+
+def test_a_node_that_is_lost_ends_the_attempt_and_the_job_is_requeued(training: Jobs) -> None:
+    """All nodes are needed: what is left of the job goes back into the queue by itself."""
+    job = training.submit("lost")
+    training.reach("lost", 12)
+    training.raylet(job, "n1").send_signal(signal.SIGKILL)
+    training.finish(job, "lost")
+    folder = training.folder("lost")
+    assert complete_steps(folder.checkpoints)[-1] == 40
+    assert list(losses(folder)) == list(range(1, 41))
+    assert len(attempts(folder)) >= 2
+    assert "node n1 is lost" in training.output("lost")
+    assert training.slurm.restarts(job) == 1
