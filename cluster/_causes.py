@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.plan import JobPlan
 from cluster.scheduler import Allocation, JobStatus
 from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from modular_lm.files import write_text_atomic
@@ -18,6 +19,8 @@ from modular_lm.tracking.run_folder import RunFolder
 _WITHOUT_END_S = 3600.0
 # Of the time that is left, for taking Ray down and requeueing.
 _TEARDOWN_SHARE, _TEARDOWN_S = 0.4, 30.0
+# Jobs whose progress is checkpoints in event logs.
+_SAVING = ("ray_jobs.train", "ray_jobs.sweep")
 _LOSS_PATIENCE_S, _HEAD_PATIENCE_S = 60.0, 10.0
 
 
@@ -75,12 +78,10 @@ def exit_code(driver: int, cause: Cause | None, lost: bool) -> int:
     return EXIT_STOPPED if cause is not None or lost else EXIT_FAILED
 
 
-def checkpoints_recorded(dump_dir: Path) -> int | None:
-    """How many checkpoints the event logs here, and of runs below, tell of; None without a log."""
+def checkpoints_recorded(dump_dir: Path) -> int:
+    """How many checkpoints the event logs here, and of runs below, tell of."""
     levels = ("", "*/", "*/*/")
     logs = [log for level in levels for log in dump_dir.glob(f"{level}events.jsonl")]
-    if not logs:
-        return None
     saved = [
         {e["step"] for e in RunFolder(log.parent).events() if e.get("event") == "checkpoint"}
         for log in logs
@@ -88,20 +89,23 @@ def checkpoints_recorded(dump_dir: Path) -> int | None:
     return sum(len(steps) for steps in saved)
 
 
-def why_not_requeue(dump_dir: Path, allocation: Allocation) -> str | None:
+def why_not_requeue(plan: JobPlan, allocation: Allocation) -> str | None:
     """None if the job may be requeued, which is recorded; else why not.
 
     A job that has been requeued before and has saved nothing since would go on like that for ever.
     """
+    if plan.script not in _SAVING:
+        return None
+    dump_dir = Path(plan.dump_dir)
     file = dump_dir / "ray" / "slurm" / "requeued.json"
     saved = checkpoints_recorded(dump_dir)
     before = _read(file)
-    if saved is not None and before.get("job") == allocation.job and saved <= before["saved"]:
+    if before.get("job") == allocation.job and saved <= before["saved"]:
         return (
             f"{allocation} was requeued before and has saved no checkpoint since: it ends here. "
             "Save more often (checkpoint.dump.every), or give it more time (time, signal)"
         )
-    write_text_atomic(file, json.dumps({"job": allocation.job, "saved": saved or 0}) + "\n")
+    write_text_atomic(file, json.dumps({"job": allocation.job, "saved": saved}) + "\n")
     return None
 
 

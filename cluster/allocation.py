@@ -266,7 +266,7 @@ class _Job:
         if not self._plan.requeue:
             print(f"{self._cause.reason}: not requeued; the same command continues", flush=True)
             return EXIT_STOPPED
-        if why := why_not_requeue(Path(self._plan.dump_dir), self._allocation):
+        if why := why_not_requeue(self._plan, self._allocation):
             raise RunFailedError(why)
         print(f"{self._cause.reason}: requeued", flush=True)
         try:

@@ -15,6 +15,7 @@ from cluster._causes import (
     exit_code,
     why_not_requeue,
 )
+from cluster.plan import JobPlan
 from cluster.scheduler import Allocation, JobStatus
 from modular_lm.tracking.run_folder import RunFolder
 
@@ -80,24 +81,30 @@ def test_the_exit_code_of_a_job(driver: int, cause: Cause | None, lost: bool, co
     assert exit_code(driver, cause, lost) == code
 
 
+def plan_in(folder: Path, script: str) -> JobPlan:
+    (folder / "ray" / "slurm").mkdir(parents=True)
+    return JobPlan(script, [], str(folder), "", nodes=2, cpus_per_node=2)
+
+
 def test_a_second_requeue_needs_a_new_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "ray" / "slurm").mkdir(parents=True)
+    plan = plan_in(tmp_path, "ray_jobs.train")
+    assert why_not_requeue(plan, JOB) is None
+    # Not even begun.
+    assert "has saved no checkpoint since" in (why_not_requeue(plan, JOB) or "")
     run = RunFolder(tmp_path)
-    run.append_event("created")
-    assert why_not_requeue(tmp_path, JOB) is None
     run.append_event("attempt")
-    assert "has saved no checkpoint since" in (why_not_requeue(tmp_path, JOB) or "")
+    assert "has saved no checkpoint since" in (why_not_requeue(plan, JOB) or "")
     run.append_event("checkpoint", step=10)
-    assert why_not_requeue(tmp_path, JOB) is None
+    assert why_not_requeue(plan, JOB) is None
     # A checkpoint that is reported twice is one.
     run.append_event("checkpoint", step=10)
-    assert why_not_requeue(tmp_path, JOB) is not None
+    assert why_not_requeue(plan, JOB) is not None
     # Another submission starts afresh.
-    assert why_not_requeue(tmp_path, Allocation("13", 0, ("n0",))) is None
+    assert why_not_requeue(plan, Allocation("13", 0, ("n0",))) is None
 
 
 def test_checkpoints_of_a_sweep_are_those_of_its_runs(tmp_path: Path) -> None:
-    assert checkpoints_recorded(tmp_path) is None
+    assert checkpoints_recorded(tmp_path) == 0
     for name, steps in {"a": (10,), "trials/b": (10, 20)}.items():
         run = RunFolder(tmp_path / name)
         run.path.mkdir(parents=True)
@@ -106,7 +113,7 @@ def test_checkpoints_of_a_sweep_are_those_of_its_runs(tmp_path: Path) -> None:
     assert checkpoints_recorded(tmp_path) == 3
 
 
-def test_a_job_without_an_event_log_may_be_requeued_again(tmp_path: Path) -> None:
-    (tmp_path / "ray" / "slurm").mkdir(parents=True)
-    assert why_not_requeue(tmp_path, JOB) is None
-    assert why_not_requeue(tmp_path, JOB) is None
+def test_a_job_that_makes_no_checkpoints_may_be_requeued_again(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, "ray_jobs.prepare")
+    assert why_not_requeue(plan, JOB) is None
+    assert why_not_requeue(plan, JOB) is None

@@ -178,3 +178,93 @@ def test_a_node_that_is_lost_ends_the_attempt_and_the_job_is_requeued(training: 
     assert len(attempts(folder)) >= 2
     assert "node n1 is lost" in training.output("lost")
     assert training.slurm.restarts(job) == 1
+
+
+def test_a_job_that_is_stopped_before_it_begins_is_not_requeued_for_ever(training: Jobs) -> None:
+    slurm = training.slurm
+    job = training.submit("never")
+    logs = training.folder("never").logs / "ray"
+    for start in (0, 1):
+        wait_until((logs / f"{job}-{start}.log").exists, f"start {start}", 120)
+        slurm.run("scancel", "--signal=USR1", "--batch", job)
+    training.finish(job, "never", "FAILED")
+    assert slurm.restarts(job) == 1
+    assert "has saved no checkpoint since: it ends here" in training.output("never")
+    assert slurm.exit_code(job) == 1
+
+
+@pytest.mark.chaos
+def test_a_node_that_slurm_takes_away(training: Jobs) -> None:
+    """`scontrol update state=down`: the node's processes are gone, the job goes on elsewhere."""
+    slurm = training.slurm
+    job = training.submit("down")
+    training.reach("down", 12)
+    slurm.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    try:
+        wait_until(lambda: "node n1 is lost" in training.output("down"), "the loss", 120)
+    finally:
+        slurm.run("scontrol", "update", "nodename=n1", "state=resume")
+    training.finish(job, "down")
+    assert complete_steps(training.folder("down").checkpoints)[-1] == 40
+
+
+@pytest.mark.chaos
+def test_the_first_node_is_lost_and_slurm_requeues(training: Jobs) -> None:
+    slurm = training.slurm
+    job = training.submit("first")
+    training.reach("first", 12)
+    slurm.run("scontrol", "update", "nodename=n0", "state=down", "reason=test")
+    wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
+    slurm.run("scontrol", "update", "nodename=n0", "state=resume")
+    training.finish(job, "first")
+    folder = training.folder("first")
+    assert complete_steps(folder.checkpoints)[-1] == 40
+    assert attempts(folder)[-1]["start_step"] >= 10
+
+
+@pytest.mark.chaos
+def test_a_cancelled_job_leaves_nothing_and_its_run_can_go_on(training: Jobs) -> None:
+    job = training.submit("cancelled")
+    training.reach("cancelled", 12)
+    training.slurm.run("scancel", job)
+    training.finish(job, "cancelled", "CANCELLED")
+    folder = training.folder("cancelled")
+    assert 10 <= complete_steps(folder.checkpoints)[-1] < 40
+    again = training.submit("cancelled")
+    training.finish(again, "cancelled")
+    assert list(losses(folder)) == list(range(1, 41))
+
+
+@pytest.mark.chaos
+def test_a_preempted_job_saves_and_goes_on_when_the_nodes_are_free(training: Jobs) -> None:
+    slurm = training.slurm
+    job = training.submit("preempted")
+    training.reach("preempted", 3)
+    urgent = slurm.run(
+        *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"),
+        *("--output=/dev/null", "--wrap=srun sleep 5"),
+    ).strip()
+    training.submitted.append(urgent)
+    training.finish(job, "preempted")
+    assert slurm.state(urgent) == "COMPLETED"
+    folder = training.folder("preempted")
+    assert stop_reasons(folder) == [f"SLURM job {job} is preempted (SIGTERM)"]
+    first, second = attempts(folder)
+    assert 3 <= second["start_step"] < 40
+    assert first["start_step"] == second["steps_again"] == 0
+
+
+@pytest.mark.chaos
+def test_a_task_of_an_array_requeues_itself_only(training: Jobs) -> None:
+    """Its other task is still waiting and must not start a second time."""
+    slurm = training.slurm
+    job = training.submit("array", options=("--array=4-5%1",))
+    training.reach("array", 3)
+    slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_4")
+    wait_until(lambda: slurm.restarts(f"{job}_4") == 1, "the requeue of the task", 120)
+    assert slurm.restarts(f"{job}_5") == 0
+    slurm.run("scancel", f"{job}_5")
+    training.finish(f"{job}_4", "array")
+    assert stop_reasons(training.folder("array"))[0] == (
+        f"SLURM job {job}_4 is near its time limit (SIGUSR1)"
+    )
