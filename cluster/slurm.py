@@ -244,6 +244,7 @@ def _plan(launch: Launch, job: Job) -> JobPlan:
         requeue=c.requeue,
         min_nodes=fewest_nodes(c, job),
         temp_root=launch.setup.temp_root,
+        container=c.container or "",
     )
 
 

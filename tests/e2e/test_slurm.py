@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from cluster import _ray_start
-from cluster.plan import JobPlan
+from cluster.slurm import launch_job, launch_jobs
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.inventory import complete_steps
 from tests.slurm import Slurm
 from tests.support import REPO, TINY, assert_unharmed, losses, train_workers, wait_until
 from tests.tracking.mlflow_store import runs
 
+CONFIG = REPO / "configs" / "debug.yaml"
 # One worker to a node, with one CPU to spare for Ray Data.
-ARGUMENTS = [*TINY, "ray.cpus_per_worker=2"]
-CPUS = 3
+ARGUMENTS = [*TINY[1:], "ray.cpus_per_worker=2"]
+OPTIONS = {"nodes": 2, "cpus_per_node": 3, "time": "20", "signal_s": 120}
 NODES = ("n0", "n1")
-PORTS = (20000, 26000)
 MLFLOW = "logging.mlflow.enabled=true"
 OUR_FOLDERS = "mlm[0-9]*"
 TEMP = Path("/tmp")
@@ -31,51 +31,32 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(os.name != "posix", reason="SLURM"),
 ]
 
 
 class Jobs:
-    """Submits training as jobs, and knows what they leave."""
+    """Submits training as the launcher does, and knows what it leaves."""
 
-    def __init__(self, slurm: Slurm, root: Path, cache: Path) -> None:
-        self.slurm, self.root, self.cache = slurm, root, cache
+    def __init__(self, slurm: Slurm, root: Path) -> None:
+        self.slurm, self.root = slurm, root
         self.submitted: list[str] = []
 
-    def submit(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
+    def submit(self, name: str, *overrides: str) -> str:
         """Train in `root/name`; returns the job's id."""
-        folder = self.folder(name)
-        folder.create()
-        plan = folder.ray / "slurm" / "plan.json"
-        self._plan(folder, arguments).write(plan)
-        script = folder.path / "submit.slurm"
-        script.write_text(
-            f"#!/bin/bash\ncd {REPO}\nexec {REPO}/.venv/bin/python -m cluster.allocation {plan}\n"
-        )
-        job = self.slurm.run(
-            *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--no-kill"),
-            *(f"--cpus-per-task={CPUS}", "--time=20", "--signal=B:USR1@120", "--requeue"),
-            *("--open-mode=append", f"--output={folder.logs}/slurm-%A.out", *options, str(script)),
-        ).strip()
+        where = f"dump_dir={self.folder(name).path}"
+        job = launch_job(CONFIG, [*ARGUMENTS, where, *overrides], **OPTIONS)
+        assert job is not None
         self.submitted.append(job)
         return job
 
-    def _plan(self, folder: RunFolder, arguments: tuple[str, ...]) -> JobPlan:
-        return JobPlan(
-            script="ray_jobs.train",
-            arguments=[*ARGUMENTS, f"dump_dir={folder.path}", *arguments],
-            dump_dir=str(folder.path),
-            code=str(REPO),
-            nodes=2,
-            cpus_per_node=CPUS,
-            min_nodes=1 if "ray.num_workers=[1,2]" in arguments else 0,
-            start_timeout_s=300,
-            port_range=PORTS,
-            environment={
-                "MODULAR_LM_CACHE": str(self.cache),
-                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            },
-        )
+    def submit_array(self, *names: str) -> list[str]:
+        """Train in these folders, one after the other; returns the ids of the tasks."""
+        base = yaml.safe_load(CONFIG.read_text())
+        configs = [{**base, "dump_dir": str(self.folder(name).path)} for name in names]
+        jobs = launch_jobs(configs, ARGUMENTS, array_limit=1, **OPTIONS)
+        found = [job for job in jobs if job is not None]
+        self.submitted += found
+        return found
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.root / name)
@@ -111,10 +92,15 @@ class Jobs:
 
 
 @pytest.fixture
-def training(slurm: Slurm, cache: Path, tmp_path: Path) -> Iterator[Jobs]:
+def training(
+    slurm: Slurm, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Jobs]:
     """Submits jobs; at the end none of them, and nothing of them, is left."""
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.setenv("MODULAR_LM_CACHE", str(cache))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     before = set(TEMP.glob(OUR_FOLDERS))
-    jobs = Jobs(slurm, tmp_path, cache)
+    jobs = Jobs(slurm, tmp_path)
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
     ended_alone = False
     try:
@@ -258,13 +244,15 @@ def test_a_preempted_job_saves_and_goes_on_when_the_nodes_are_free(training: Job
 def test_a_task_of_an_array_requeues_itself_only(training: Jobs) -> None:
     """Its other task is still waiting and must not start a second time."""
     slurm = training.slurm
-    job = training.submit("array", options=("--array=4-5%1",))
-    training.reach("array", 3)
-    slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_4")
-    wait_until(lambda: slurm.restarts(f"{job}_4") == 1, "the requeue of the task", 120)
-    assert slurm.restarts(f"{job}_5") == 0
-    slurm.run("scancel", f"{job}_5")
-    training.finish(f"{job}_4", "array")
-    assert stop_reasons(training.folder("array"))[0] == (
-        f"SLURM job {job}_4 is near its time limit (SIGUSR1)"
-    )
+    first, second = training.submit_array("first", "second")
+    training.reach("first", 3)
+    slurm.run("scancel", "--signal=USR1", "--batch", first)
+    wait_until(lambda: slurm.restarts(first) == 1, "the requeue of the task", 120)
+    assert slurm.restarts(second) == 0
+    for job, name in ((first, "first"), (second, "second")):
+        training.finish(job, name)
+    assert slurm.restarts(second) == 0
+    assert stop_reasons(training.folder("first")) == [
+        f"SLURM job {first} is near its time limit (SIGUSR1)"
+    ]
+    assert len(attempts(training.folder("second"))) == 1
