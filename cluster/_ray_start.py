@@ -86,7 +86,7 @@ class RayNode:
                 "port": p["gcs"],
                 "dashboard-host": self.address,
                 "dashboard-port": p["dashboard"],
-                "ray-client-server-port": 0,  # none
+                "ray-client-server-port": p["client"],
             }
         else:
             options["address"] = self.head

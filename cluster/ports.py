@@ -19,6 +19,7 @@ from modular_lm.errors import ConfigError
 _NAMED = (
     "gcs",
     "dashboard",
+    "client",
     "object_manager",
     "node_manager",
     "agent_http",

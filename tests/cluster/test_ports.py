@@ -16,11 +16,19 @@ SPAN = (20000, 32000)
 
 def test_a_block_names_different_ports_within_itself() -> None:
     block = PortBlock(20000, block_size(4))
-    names = ("gcs", "dashboard", "object_manager", "node_manager", "agent_http", "agent_grpc")
+    names = (
+        "gcs",
+        "dashboard",
+        "client",
+        "object_manager",
+        "node_manager",
+        "agent_http",
+        "agent_grpc",
+    )
     named = [block[name] for name in (*names, "runtime_env_agent", "metrics")]
     first, last = block.workers
-    assert named == list(range(20001, 20009))
-    assert (first, last) == (20009, 20000 + block.size - 1)
+    assert named == list(range(20001, 20010))
+    assert (first, last) == (20010, 20000 + block.size - 1)
     assert last - first >= 4 * 4
 
 
