@@ -71,7 +71,7 @@ def _look(marker: str | None) -> dict[str, Any]:
     """Runs on the node. Sent as it is, for the project may not be there."""
     return {
         "host": socket.gethostname(),
-        "python": platform.python_version(),
+        "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: _version(name) for name in ("ray", "torch")},
         "project": importlib.util.find_spec("modular_lm") is not None,
         "sees": None if marker is None else Path(marker).exists(),

@@ -143,7 +143,7 @@ def _nodes(nodes: list[dict], workers: int, use_gpu: bool | None, folder: Path) 
 
 
 def _own_versions() -> dict[str, str | None]:
-    own: dict[str, str | None] = {"python": platform.python_version()}
+    own: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("ray", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             own[name] = importlib.metadata.version(name)
