@@ -26,7 +26,7 @@ from modular_lm.optim.muon import Muon
 from modular_lm.parallel import World, init_world
 from modular_lm.train.trainer import Trainer
 from tests.pool import Pool
-from tests.train.test_trainer import Recorder, rows, trainer, weights
+from tests.train.test_trainer import Recorder, config, rows, trainer, weights
 
 pytestmark = pytest.mark.slow
 
@@ -173,16 +173,17 @@ def test_a_gradient_still_to_be_summed_is(pool: Pool) -> None:
 def rank_rows(world: World, start: int = 0, stop: int = 12) -> Any:
     """Each rank's share of the rows of `tests.train.test_trainer`."""
     for step in rows(start, stop):
-        mine = slice(*(len(step.index) * r // world.size for r in (world.rank, world.rank + 1)))
+        ends = (world.data_rank, world.data_rank + 1)
+        mine = slice(*(len(step.index) * end // world.data_size for end in ends))
         yield type(step)(step.step, step.index[mine], step.tokens[mine])
 
 
 def muon_run(
-    folder: Path, start: int, stop: int
+    folder: Path, start: int, stop: int, *mesh: str
 ) -> tuple[list[tuple[float, float]], dict[str, np.ndarray]]:
     """(loss, norm) of steps on these ranks, and the whole weights after them."""
-    world, recorder = init_world(use_gpu=False), Recorder()
-    keys = ("optim.name=muon", "checkpoint.dump.every=0")
+    keys = ("optim.name=muon", "checkpoint.dump.every=0", *mesh)
+    world, recorder = init_world(config(*keys).distributed, use_gpu=False), Recorder()
     t: Trainer = trainer(world, folder, recorder, *keys)
     t.resume(start)
     t.run(rank_rows(world, start), stop)
@@ -190,12 +191,13 @@ def muon_run(
     return lines, arrays(weights(t.model))
 
 
+@pytest.mark.parametrize("mesh", ["dp_shard=4", "tp_size=2", "dp_replicate=2"])
 def test_muon_trains_on_several_ranks_as_on_one_and_goes_on_with_more(
-    pool: Pool, tmp_path: Path
+    pool: Pool, tmp_path: Path, mesh: str
 ) -> None:
     ((alone, weights_alone),) = pool.run(1, muon_run, tmp_path / "alone", 0, 6)
     first = pool.run(2, muon_run, tmp_path / "shared", 0, 3)
-    rest = pool.run(4, muon_run, tmp_path / "shared", 3, 6)
+    rest = pool.run(4, muon_run, tmp_path / "shared", 3, 6, f"distributed.{mesh}")
     lines = first[0][0] + rest[0][0]
     assert [loss for loss, _ in lines] == pytest.approx([loss for loss, _ in alone], rel=1e-4)
     assert [norm for _, norm in lines] == pytest.approx([norm for _, norm in alone], rel=1e-2)
