@@ -49,7 +49,7 @@ format: setup
 # Each benchmark prints a table and writes JSON to benchmarks/results/ (not in git).
 bench: setup
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.order
 	$(BIN)/python -m benchmarks.layout
