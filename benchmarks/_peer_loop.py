@@ -35,7 +35,7 @@ def transformers_llama(shape: dict[str, Any]) -> tuple[nn.Module, Forward]:
         vocab_size=shape["vocab_size"],
         max_position_embeddings=shape["seq_len"],
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
