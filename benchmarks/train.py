@@ -263,7 +263,7 @@ def checkpoint(o: Options) -> dict[str, Any]:
                      f"checkpoint.async_save={str(kind == 'async').lower()}"]  # fmt: skip
         folder = train([sys.executable, "-m", "modular_lm.train"], arguments, o.threads)
         saves = [e for e in folder.events() if e["event"] == "checkpoint" and e["step"] < o.steps]
-        found[kind].append(statistics.median(save["blocked_seconds"] for save in saves))
+        found[kind].append(statistics.median(save["seconds_blocked"] for save in saves))
         written[kind].append(statistics.median(save["seconds"] for save in saves))
     ratios = [a / s for a, s in zip(found["async"], found["sync"], strict=True)]
     print_table(
@@ -278,7 +278,7 @@ def checkpoint(o: Options) -> dict[str, Any]:
             for kind in found
         ),
     )
-    return {"blocked_seconds": found, "seconds": written, "ratios": ratios}
+    return {"seconds_blocked": found, "seconds": written, "ratios": ratios}
 
 
 # ------------------------------------------------------------------ grid
