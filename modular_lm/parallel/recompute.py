@@ -16,18 +16,16 @@ from torch.utils.checkpoint import (
 from modular_lm.config.schema import DistributedConfig
 from modular_lm.errors import ConfigError
 
-# Kept where the config names none: what is expensive to compute for its size. Collectives of tensor
-# parallelism too, so that they do not run twice.
+# Kept where the config names none: what is expensive to compute for its size. Of tensor parallelism
+# the sums over peers, but not what is gathered for a matrix product: that would be kept whole.
 SAVED = (
     "aten.mm",
-    "aten.addmm",
     "aten._scaled_mm",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",
     "_c10d_functional.reduce_scatter_tensor",
-    "_c10d_functional.all_gather_into_tensor",
 )
 
 
