@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from modular_lm.config.distributed import mesh_sizes
 from modular_lm.config.schema import DistributedConfig
 from modular_lm.errors import EXIT_FAILED, AgreedError, UserFacingError, reason
-from modular_lm.parallel.mesh import TP, make_mesh
+from modular_lm.parallel.mesh import make_mesh
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class World:
 
     @property
     def tp_size(self) -> int:
-        return self.mesh[TP].size()
+        return self.mesh.shape[-1]
 
     @property
     def data_rank(self) -> int:
