@@ -197,6 +197,7 @@ def _arm(base: Mapping[str, Any], each: Variant) -> Arm:
     try:
         config = _config(base, each.values)
         resolved = resolve(config, _n_words(config))
+        cost_of(resolved)  # asks for the mesh, too
     except ConfigError as error:
         return Arm(each.name, each.values, each.values, None, why=str(error))
     return Arm(each.name, each.values, each.values, resolved)

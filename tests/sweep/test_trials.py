@@ -149,6 +149,12 @@ def test_a_variant_that_cannot_run_fails_alone_but_for_the_baseline() -> None:
         plan(*args, "sweep.baseline=module_n_summary-3")
 
 
+def test_a_mesh_that_its_workers_cannot_form_fails_alone() -> None:
+    made = plan("sweep.params={distributed.tp_size: {grid: [1, 3]}}", "ray.num_workers=2")
+    assert [arm.why is None for arm in made.arms] == [True, False]
+    assert "tp_size=3" in str(made.arms[1].why)
+
+
 def test_two_names_of_one_training_are_one_arm() -> None:
     made = plan("sweep.params={model.module_agg: {grid: [avg, mean, sum]}}")
     assert [arm.name for arm in made.arms] == ["module_agg-avg", "module_agg-sum"]
