@@ -91,7 +91,7 @@ KINDS = tuple(
 
 def _kind(saver: int, loader: int) -> Kind:
     """One kind for two meshes, by their numbers: every bit of it turns with each of them."""
-    agg = (saver // 2 + loader) % 4
+    agg = (2 * saver // 3 + loader) % 4
     return Kind(
         DTYPES[(agg ^ saver) & 1],
         AGGREGATIONS[agg],
