@@ -105,3 +105,9 @@ def test_schedules_are_taken_over(tmp_path: Path) -> None:
     part = "optim: {scheduler: inv_sqrt, exp_factor: 0.7}"
     optim = load_config(TrainConfig, [write(tmp_path, part)])[0].optim
     assert (optim.scheduler, optim.exp_factor) == ("inv_sqrt", 0.7)
+
+
+def test_checkpoints_go_where_lingua_would_put_them() -> None:
+    config = load_config(TrainConfig, ["checkpoint.path=/x/checkpoints"])[0]
+    assert config.checkpoint.path == "/x/checkpoints"
+    assert load_config(TrainConfig, ["checkpoint.path=null"])[0].checkpoint.path is None
