@@ -64,3 +64,7 @@ def begin_micro_step(model: nn.Module, config: DistributedConfig, *, last: bool)
         freed = config.fsdp_type == "full_shard" and not isinstance(model, ReplicateModule)
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last or freed)
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule) and not any(p.requires_grad for p in unit.parameters()):
+                # It may never run, and FSDP looks for gradients that wait in what has not run.
+                unit.set_requires_gradient_sync(True, recurse=False)

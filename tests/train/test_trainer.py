@@ -231,6 +231,22 @@ def test_bf16_trains(world: World, tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in t.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("model.module_seq_len=null", "model.module_agg=avg"),
+        ("model.module_names=code", "model.module_route=code", "model.module_train=all"),
+    ],
+)
+def test_what_never_runs_does_not_disturb_accumulation(
+    world: World, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """Sites of a dense model, the base beside a column: in bf16, with several micro-steps."""
+    more = ("distributed.model_dtype=bf16", "data.batch_size=3")
+    recorder, _ = run(world, tmp_path, *keys, *more)
+    assert recorder.losses[-1] < recorder.losses[0]
+
+
 def test_documents_of_a_sample_are_kept_apart_if_asked(world: World, tmp_path: Path) -> None:
     (first, *_) = rows()
     first.tokens[:, [9, 20]] = TOKENIZER.bos_id
