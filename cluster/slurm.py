@@ -124,6 +124,9 @@ def prepare(
     check_options(options)
     if options.launcher == "bash":
         options = _inside_allocation(options)
+    if options.container:
+        # The script and the allocation on the first node both begin commands with it.
+        options = replace(options, container=os.path.expandvars(options.container))
     options, setup = apply_site(options, load_site(options.site), os.environ)
     jobs = [check_job(options, args, afresh=options.override) for args in requests]
     _check_distinct(jobs)
