@@ -49,7 +49,7 @@ class RayNode:
     """What one node's Ray is started with.
 
     head: the address of the first node's Ray (host:port), None on the first node itself.
-    mark: names this node of this start of this job among all processes of the host.
+    mark: tells what this node's Ray started from all other processes of the host.
     """
 
     name: str

@@ -24,6 +24,8 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
 from cluster import _control, _ray_start
 from cluster._control import Message
 from cluster._ray_logs import save_logs
@@ -36,6 +38,7 @@ from modular_lm.errors import ConfigError, RunFailedError, UserFacingError, reas
 _BEAT_S = 0.5
 _SHARED_PATIENCE_S = 30.0
 _CUT_GRACE_S = 2.0
+_OWNER = "owner"
 
 
 def main(plan_file: str, attempt: str, host: str, port: str) -> int:
@@ -77,7 +80,8 @@ class _Node:
         self._plan, self._name, self._attempt = plan, name, attempt
         self._folder, self._connection, self._signals = folder, connection, signals
         self._address = node_address(name)
-        self._mark = f"{attempt} {name}"
+        # No other job has this folder, not even that of another SLURM with the same number.
+        self._mark = str(folder)
         self._claim = contextlib.ExitStack()
         self._block: PortBlock | None = None
         self._ray: _ray_start.RayNode | None = None
@@ -163,7 +167,7 @@ def _read_shared(shared: SharedFiles, name: str) -> tuple[bytes, str]:
 
 
 def _own_folder(temp_root: str, attempt: str, name: str) -> Path:
-    """A new folder of this node's own disk; those of earlier starts of this job go.
+    """A new folder of this node's own disk; those that starts of this job have left go.
 
     Raises RunFailedError where it cannot be made.
     """
@@ -172,7 +176,7 @@ def _own_folder(temp_root: str, attempt: str, name: str) -> Path:
     prefix = f"mlm{job}-{name[-12:]}-"
     for old in Path(temp_root).glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
-            if old.stat().st_uid == os.getuid():
+            if old.stat().st_uid == os.getuid() and not _is_in_use(old):
                 shutil.rmtree(old)
     try:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=temp_root))
@@ -183,7 +187,16 @@ def _own_folder(temp_root: str, attempt: str, name: str) -> Path:
     except RunFailedError:
         folder.rmdir()
         raise
+    (folder / _OWNER).write_text(str(os.getpid()))
     return folder
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether the process that made it is there, as far as can be told."""
+    try:
+        return psutil.pid_exists(int((folder / _OWNER).read_text()))
+    except (FileNotFoundError, ValueError):
+        return True  # it may be about to say
 
 
 def _this_machine() -> str:
