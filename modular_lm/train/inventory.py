@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, overload
 
@@ -38,11 +39,16 @@ def step_folder(checkpoints: Place, step: int) -> Place:
     return checkpoints / f"{step:010d}"
 
 
+def _is_step(name: str) -> bool:
+    """Whether a folder's name is one that `step_folder` gives, not just any number (a year)."""
+    return re.fullmatch("[0-9]{10}", name) is not None
+
+
 def complete_steps(checkpoints: Place) -> list[int]:
     """The steps of all complete checkpoints in a run's folder of them, ascending."""
     if isinstance(checkpoints, Path) and not checkpoints.is_dir():
         return []
-    folders = [p for p in checkpoints.iterdir() if p.name.isdigit()]
+    folders = [p for p in checkpoints.iterdir() if _is_step(p.name)]
     return sorted(int(p.name) for p in folders if (p / COMPLETE).is_file())
 
 
@@ -50,7 +56,7 @@ def newest_step(checkpoints: Place) -> int:
     """The step of the newest complete checkpoint; 0 where there is none."""
     if isinstance(checkpoints, Path) and not checkpoints.is_dir():
         return 0
-    steps = sorted((int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()), reverse=True)
+    steps = sorted((int(p.name) for p in checkpoints.iterdir() if _is_step(p.name)), reverse=True)
     # From the newest on, as a look into a folder of an object store is a request.
     return next((s for s in steps if (step_folder(checkpoints, s) / COMPLETE).is_file()), 0)
 
@@ -131,7 +137,7 @@ def verify(folder: Place, part: int = 0, parts: int = 1) -> None:
 
 def _go_on(folder: Place) -> str:
     """What to do about a checkpoint that cannot be used."""
-    if not folder.name.isdigit():
+    if not _is_step(folder.name):
         return "the checkpoint cannot be used"
     checkpoints = folder.parent
     earlier = [s for s in complete_steps(checkpoints) if s < int(folder.name)]
@@ -186,7 +192,7 @@ def sweep(checkpoints: Place) -> None:
         return
     for folder in checkpoints.iterdir():
         # Others' folders may lie beside them, where checkpoint.path says so.
-        if folder.name.isdigit() and folder.is_dir() and not (folder / COMPLETE).is_file():
+        if _is_step(folder.name) and folder.is_dir() and not (folder / COMPLETE).is_file():
             log.info("removing the rest of an interrupted save: %s", folder)
             remove(folder)
 

@@ -59,10 +59,12 @@ def test_sweep_removes_debris_and_nothing_else(root: Place) -> None:
     make(root, 10)
     make(root, 20, complete=False)
     write_text(root / "run.json", "whose they are")
-    (root / "another").mkdir(parents=True, exist_ok=True)
-    write_text(root / "another" / "notes", "not ours")
+    for other in ("another", "2026", "20260101120000"):
+        (root / other).mkdir(parents=True, exist_ok=True)
+        write_text(root / other / "notes", "not ours")
     sweep(root)
-    assert names(root) == ["0000000010", "another", "run.json"]
+    assert names(root) == ["0000000010", "2026", "20260101120000", "another", "run.json"]
+    assert complete_steps(root) == [10]
 
 
 def test_find_takes_a_checkpoint_or_a_run(root: Place) -> None:
