@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from modular_lm.errors import ConfigError, RunFailedError, UserFacingError, reason
-from modular_lm.files import write_text_atomic
+from modular_lm.files import replacing
 
 # The package of an fsspec protocol that is not among the dependencies -> how to install it.
 _BACKENDS = {"s3": "'modular-lm[s3]'", "s3a": "'modular-lm[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -203,10 +203,16 @@ def place(text: str) -> Place:
 
 def write_text(target: Place, text: str) -> None:
     """Write a file so that readers, and a crash, find all of it or what was there before."""
+    write_bytes(target, text.encode("utf-8"))
+
+
+def write_bytes(target: Place, content: bytes) -> None:
+    """`write_text` of bytes."""
     if isinstance(target, RemotePath):
-        target.write_bytes(text.encode("utf-8"))
+        target.write_bytes(content)
     else:
-        write_text_atomic(target, text)
+        with replacing(target) as file:
+            file.write(content)
 
 
 def size_of(file: Place) -> int:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from modular_lm.config import TrainConfig, to_dict
-from modular_lm.files import new_folder
+from modular_lm.files import new_folder, sync
 from modular_lm.parallel import World
-from modular_lm.storage import Place, write_text
+from modular_lm.storage import Place, write_bytes, write_text
 from modular_lm.tokenizer import Tokenizer
 from modular_lm.train import inventory
 from modular_lm.train.checkpoint import TrainState, state_of
@@ -140,6 +140,8 @@ class Saver:
                 inventory.sweep(self._checkpoints)
                 inventory.remove(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+                if isinstance(folder, Path):
+                    sync(folder.parent)  # or a crash of the machine could lose it with COMPLETE
 
         def write() -> dict[str, dict[str, Any]]:
             written = write_tensors(folder, tensors, self._world.control)
@@ -234,7 +236,7 @@ def write_companions(
     written = _write_json(folder / "params.json", portable_config(config, tokenizer))
     if tokenizer.file is not None:
         target = folder / TOKENIZER_FILE
-        target.write_bytes(tokenizer.file.read_bytes())
+        write_bytes(target, tokenizer.file.read_bytes())
         written[TOKENIZER_FILE] = inventory.describe(target)
     return written
 

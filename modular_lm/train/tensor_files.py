@@ -133,6 +133,8 @@ class _Hashed:
         self._stream.flush()
 
     def fileno(self) -> int:
+        # Whoever asks is about to fsync it; DCP does so to `.metadata` with its end in the buffer.
+        self._stream.flush()
         return self._stream.fileno()
 
     def close(self) -> None:

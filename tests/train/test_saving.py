@@ -175,9 +175,9 @@ def test_the_event_says_how_long_training_waited(
         trainer(world, tmp_path / mode, recorder, f"checkpoint.async_save={mode}").run(rows(), 7)
     beside, last, *blocking = events
     assert 0 < beside["seconds_blocked"] < beside["seconds"]
-    # At the end there is nothing else to do; and without a thread there never is.
-    for waited in (last, *blocking):
-        assert 0 < waited["seconds_blocked"] == pytest.approx(waited["seconds"], rel=0.5)
+    assert last["seconds_blocked"] > 0
+    for waited in blocking:
+        assert waited["seconds_blocked"] >= waited["seconds"] > 0
     folder = step_folder(tmp_path / "true" / "checkpoints", 4)
     sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != COMPLETE}
     assert beside["bytes"] == sum(sizes.values())
