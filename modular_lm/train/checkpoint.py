@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,12 @@ from modular_lm.parallel import World
 from modular_lm.storage import Place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.train import inventory
-from modular_lm.train.random_state import get_random_state, set_random_state
+from modular_lm.train.random_state import set_random_state
 from modular_lm.train.saved_config import model_differences, read_config
 from modular_lm.train.tensor_files import read_index, read_tensors
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What a model may have beyond the checkpoint whose weights it starts from: both leave its function
 # as it was, for sites start with a zero output and columns as copies of the base or silent.
@@ -95,15 +96,18 @@ def load(
     Raises AgreedError if it is damaged, or is another model's or optimizer's.
     """
     failure = f"checkpoint {folder} cannot be used"
-    world.together(lambda: inventory.verify(folder, world.rank, world.size), failure)
 
-    def read() -> TrainState:
-        train_state = read_state(folder)
+    def look() -> tuple[TrainState, dict[str, Any], TrainConfig]:
+        return read_state(folder), read_index(folder), read_config(folder)
+
+    train_state, index, saved = _verified(folder, look, world, failure)
+
+    def read() -> None:
         state, groups = state_of(model, optimizers)
-        index = read_index(folder)
-        _check_all_there(folder, index, state, model.config)
-        if f"random.{world.rank}" in index:
-            state["random"] = {str(world.rank): get_random_state(world.device)}
+        _check_all_there(index, saved, state, model.config)
+        if random := index.get(f"random.{world.rank}"):
+            # As long as it was saved: on a GPU that has random numbers of its own, too.
+            state["random"] = {str(world.rank): torch.empty(random.size, dtype=torch.uint8)}
         read_tensors(folder, state, world.control)
         set_state_dict(
             model,
@@ -113,16 +117,32 @@ def load(
         )
         if "random" in state:
             set_random_state(state["random"][str(world.rank)], world.device)
-        return train_state
 
-    return world.together(read, failure)[0]
+    world.together(read, failure)
+    return train_state
+
+
+def _verified(folder: Place, look: Callable[[], T], world: World, failure: str) -> T:
+    """Verify a checkpoint; what `look` finds in it. A collective.
+
+    Apart from the reading of tensors: that is a collective itself, and a rank that failed before it
+    would leave the others in it.
+    """
+    found: list[T] = []
+
+    def verify() -> None:
+        inventory.verify(folder, world.rank, world.size)
+        found.append(look())
+
+    world.together(verify, failure)
+    return found[0]
 
 
 def _check_all_there(
-    folder: Place, index: dict[str, Any], state: dict[str, Any], config: ModelConfig
+    index: dict[str, Any], saved: TrainConfig, state: dict[str, Any], config: ModelConfig
 ) -> None:
     """Raise CheckpointError, naming a key, for what is another model's or optimizer's."""
-    weights, saved = cast("dict[str, Tensor]", state["model"]), read_config(folder)
+    weights = cast("dict[str, Tensor]", state["model"])
     differing = model_differences(saved, config)
     if saved.model.module_names != config.module_names:
         names = (",".join(m.module_names) or "none" for m in (saved.model, config))
@@ -152,15 +172,16 @@ def load_model(folder: Place, model: nn.Module, world: World) -> set[str]:
     AgreedError if it is damaged, lacks another parameter, or holds one without a place in `model`.
     """
     failure = f"the weights of {folder} cannot be used"
-    world.together(lambda: inventory.verify(folder, world.rank, world.size), failure)
+
+    def look() -> tuple[dict[str, tuple[int, ...]], TrainConfig]:
+        return stored_shapes(folder), read_config(folder)
+
+    stored, saved = _verified(folder, look, world, failure)
 
     def read() -> set[str]:
         state = cast("dict[str, Tensor]", get_model_state_dict(model))
-        kept = missing_in(
-            stored_shapes(folder),
-            {name: tuple(t.shape) for name, t in state.items()},
-            read_config(folder),
-        )
+        wanted = {name: tuple(t.shape) for name, t in state.items()}
+        kept = missing_in(stored, wanted, saved)
         shared = {name: tensor for name, tensor in state.items() if name not in kept}
         read_tensors(folder, {"model": shared}, world.control)
         options = StateDictOptions(strict=False)

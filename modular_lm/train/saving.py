@@ -96,6 +96,10 @@ class Saver:
 
         def work() -> None:
             try:
+                if self._world.device.type == "cuda":
+                    # A thread begins on device 0, and what DCP takes for the current stream is then
+                    # one of another rank's device: it would not wait for copies from ours.
+                    torch.cuda.set_device(self._world.device)
                 saved = self._write(tensors, state, rolling)
                 seconds = time.perf_counter() - began
                 self._outcome = {**saved, "seconds": round(seconds, 3)}

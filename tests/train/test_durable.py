@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold is on the disk before `COMPLETE` says so: the machine may crash."""
+"""A checkpoint is on the disk before `COMPLETE` says so: the machine may crash."""
 
 from __future__ import annotations
 
