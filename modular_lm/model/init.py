@@ -16,9 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modular_lm.model.layers import Initial
 
-# Added to names by activation checkpointing and torch.compile; no part of a parameter's identity.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
@@ -29,7 +26,6 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """
     starts = _collect(model)
     for name, parameter in model.named_parameters():
-        name = _plain(name)
         if name not in starts:
             raise ValueError(f"parameter {name}: no module says how it starts")
         if parameter.is_meta:
@@ -54,7 +50,7 @@ def _collect(model: nn.Module) -> dict[str, Initial]:
     for prefix, module in model.named_modules():
         own = getattr(module, "initial_weights", None)
         if own is not None:
-            prefix = _plain(f"{prefix}.") if prefix else ""
+            prefix = f"{prefix}." if prefix else ""
             starts |= {prefix + name: start for name, start in own().items()}
     return starts
 
@@ -67,9 +63,3 @@ def fill(parameter: Tensor, full: Tensor) -> None:
         full = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
         parameter = cast("Tensor", parameter.to_local())
     parameter.copy_(full)
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

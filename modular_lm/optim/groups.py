@@ -17,8 +17,6 @@ from modular_lm.errors import ConfigError
 
 _EMBEDDING = "tok_embeddings."
 _BODY = ("layers.", "columns.", "aggs.")
-# Added to names by activation checkpointing and torch.compile; no part of a parameter's identity.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 @dataclass
@@ -41,7 +39,7 @@ def make_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     its; embedding, head and vectors stay with AdamW. Raises ConfigError for a pattern of
     `lr_multipliers` that matches no parameter.
     """
-    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters())
     check_patterns(config, named)
     groups: dict[tuple[bool, bool, float], Group] = {}
     for name, parameter in named.items():
@@ -72,10 +70,3 @@ def check_patterns(config: OptimConfig, names: Iterable[str]) -> None:
                 f"optim.lr_multipliers.{pattern}={value:g}: matches no parameter; expected a "
                 f"pattern with * and ? of whole names such as {known[0]} or {known[-1]}"
             )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers around modules add to it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

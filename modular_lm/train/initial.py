@@ -7,16 +7,15 @@ the others tensor by tensor, so that only rank 0 needs memory for all of them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from modular_lm.config import TokenizerConfig, TrainConfig
+from modular_lm.model.init import fill
 from modular_lm.parallel import World
 from modular_lm.storage import place
 from modular_lm.train.checkpoint import load_model, log_weights, missing_in
@@ -54,23 +53,14 @@ def load_initial(path: str, model: nn.Module, tokenizer: TokenizerConfig, world:
 
     kept = world.together(compare, failure)[0]
     for name in sorted(state.keys() - kept):
-        _fill(state[name], weights.pop(name, None), world)
+        fill(state[name], _sent(weights.pop(name, None), state[name].shape, world))
     if world.rank == 0:
         log_weights(source, kept)
     return kept
 
 
-@torch.no_grad()
-def _fill(target: Tensor, whole: Tensor | None, world: World) -> None:
-    """Copy rank 0's tensor, which the others lack, into `target`. A collective."""
-    if whole is None:
-        whole = torch.empty(target.shape, dtype=torch.float32)
+def _sent(whole: Tensor | None, shape: torch.Size, world: World) -> Tensor:
+    """Rank 0's tensor, in fp32, which the others lack. A collective."""
+    whole = torch.empty(shape) if whole is None else whole.float().contiguous()
     dist.broadcast(whole, group=world.control, group_src=0)
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    shape, offset = compute_local_shape_and_global_offset(
-        target.shape, target.device_mesh, target.placements
-    )
-    part: Any = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    target.to_local().copy_(whole[part])
+    return whole
