@@ -135,21 +135,31 @@ class Stability:
     def _give_up(self, about: dict[str, Any], result: StepResult, figures: Figures) -> None:
         """Write what the last step saw, and end the run."""
         step, (first, last) = about["step"], about["samples"]
-        folder = self._folder.dump(step)
-        self._world.together(
-            lambda: _write_rows(folder, self._world.rank, result), f"dump {folder}"
-        )
         losses = self._world.gather(figures.own_nll / max(1, result.rows.tokens[:, 1:].size))
         about = {**about, "lr": result.lr, "loss_of_rank": losses, "in_a_row": self.streak}
-        self._world.together(lambda: self._write_about(folder, about), f"dump {folder}")
+        try:
+            self._dump(about, result)
+            rows = f"are in {self._folder.dump(step)}"
+        except AgreedError as error:  # not what the run ends for
+            rows = f"could not be written ({error})"
         begin = step - self.streak + 1
         raise AgreedError(
             f"steps {begin}..{step}: loss or gradient was not finite {self.streak} times in a row "
             f"(optim.max_skipped={self._max_skipped}); no weight was changed by them; the "
-            f"rows of step {step} (samples {first}..{last}) are in {folder}; the same command "
+            f"rows of step {step} (samples {first}..{last}) {rows}; the same command "
             "continues from the last checkpoint: lower optim.lr or optim.clip, or look at the data",
             EXIT_FAILED,
         )
+
+    def _dump(self, about: dict[str, Any], result: StepResult) -> None:
+        """A collective. Raises AgreedError if a rank could not write."""
+        folder = self._folder.dump(about["step"])
+
+        def write() -> None:
+            _write_rows(folder, self._world.rank, result)
+            self._write_about(folder, about)
+
+        self._world.together(write, f"dump {folder}")
 
     def _write_about(self, folder: Path, about: dict[str, Any]) -> None:
         if self._world.rank == 0:

@@ -104,6 +104,18 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_and_it_can_be_continued(
     assert all(math.isfinite(loss) for loss in recorder.losses)
 
 
+def test_a_dump_that_cannot_be_written_does_not_hide_why_the_run_ended(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "dumps").write_text("a file where the folder belongs")
+    t = trainer(world, tmp_path, Recorder(), "optim.max_skipped=2")
+    poison(t)
+    said = r"steps 2\.\.3: .*not finite 2 times.*could not be written \(.*Not a directory\)"
+    with pytest.raises(AgreedError, match=said) as caught:
+        t.run(poisoned_rows({1, 2}), 12)
+    assert caught.value.exit_code == EXIT_FAILED
+
+
 def test_an_absurd_learning_rate_ends_in_a_stop_not_in_broken_weights(
     world: World, tmp_path: Path
 ) -> None:
