@@ -1,4 +1,4 @@
-"""Whether the cluster has what a job needs."""
+"""What the cluster has room for, and which of its nodes will be taken away."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import time
 from collections.abc import Callable
 
 import ray
+from ray._private import state
 from ray.autoscaler.sdk import request_resources
 
+from modular_lm.config.checks import world_sizes
 from modular_lm.config.schema import RayConfig
 from modular_lm.errors import ConfigError, RunFailedError
 
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 600
+# How long what an earlier worker group held may take to be given back.
+_SETTLE_S = 10
 
 
 def use_gpu(config: RayConfig) -> bool:
@@ -22,10 +26,10 @@ def use_gpu(config: RayConfig) -> bool:
 
     Raises ConfigError if GPUs are asked for and there are too few.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus, fewest = int(ray.cluster_resources().get("GPU", 0)), world_sizes(config)[0]
     if config.use_gpu is None:
-        return gpus >= config.num_workers
-    if config.use_gpu and gpus < config.num_workers:
+        return gpus >= fewest
+    if config.use_gpu and gpus < fewest:
         raise ConfigError(
             f"ray.num_workers={config.num_workers}: each needs a GPU and the cluster has {gpus}; "
             "use fewer workers, or ray.use_gpu=false to train on CPUs"
@@ -33,31 +37,57 @@ def use_gpu(config: RayConfig) -> bool:
     return config.use_gpu
 
 
-def wait_for_cpus(config: RayConfig, stopped: Callable[[], str | None]) -> bool:
-    """Wait until there are CPUs for the workers and one for Ray Data; False if `stopped` before.
+def leaving() -> set[str]:
+    """The addresses of the nodes that Ray has been told will be taken away."""
+    draining = state.state.get_draining_nodes()
+    return {n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in draining}
 
-    A cluster that can grow is asked to. Raises RunFailedError after ten minutes.
+
+def room_for(config: RayConfig, on_gpu: bool, *, free: bool = False) -> int:
+    """How many workers the nodes that stay can hold; `free`: beside all that runs on them now.
+
+    One CPU of the cluster is kept for Ray Data.
     """
-    needed = config.num_workers * config.cpus_per_worker + 1
-    deadline = time.monotonic() + _PATIENCE_S
-    asked = False
-    while (cpus := int(ray.cluster_resources().get("CPU", 0))) < needed:
-        if not asked:
-            log.warning(
-                "%d workers and their data need %d CPUs, the cluster has %d: waiting for more",
-                config.num_workers,
-                needed,
-                cpus,
-            )
-            request_resources(bundles=[{"CPU": config.cpus_per_worker}] * config.num_workers)
-            asked = True
+    draining = state.state.get_draining_nodes()
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining]
+    now = state.available_resources_per_node() if free else {}
+    has = [now.get(n["NodeID"], {}) if free else n["Resources"] for n in nodes]
+    needs = {"CPU": config.cpus_per_worker, **({"GPU": 1} if on_gpu else {})}
+    fit = sum(min(int(node.get(what, 0) // n) for what, n in needs.items()) for node in has)
+    spare = int(sum(node.get("CPU", 0) for node in has)) - 1
+    return max(0, min(fit, spare // config.cpus_per_worker))
+
+
+def wait_for_workers(
+    config: RayConfig, on_gpu: bool, stopped: Callable[[], str | None]
+) -> int | None:
+    """Wait until there is room for the workers; how many, or None if `stopped` before.
+
+    As many as there is room for, if `ray.num_workers` is a range. A cluster that can grow is asked
+    to. Raises RunFailedError after ten minutes.
+    """
+    fewest, most = world_sizes(config)
+    began, asked = time.monotonic(), False
+    while True:
+        room = min(most, room_for(config, on_gpu))
+        free = min(most, room_for(config, on_gpu, free=True))
+        waited = time.monotonic() - began
+        if room >= fewest and (free >= room or (free >= fewest and waited > _SETTLE_S)):
+            return free
         if stopped():
-            return False
-        if time.monotonic() > deadline:
-            raise RunFailedError(
-                f"ray.num_workers={config.num_workers}: needs {needed} CPUs with those for the "
-                f"data, and after {_PATIENCE_S // 60} minutes the cluster has {cpus}; use fewer "
-                "workers or a larger cluster"
+            return None
+        if not asked and waited > _SETTLE_S:
+            log.warning(
+                "%d workers with %d CPUs each and their data do not fit: there is room for %d, "
+                "%d of it free; waiting for more",
+                *(fewest, config.cpus_per_worker, room, free),
             )
-        time.sleep(1)
-    return True
+            request_resources(bundles=[{"CPU": config.cpus_per_worker}] * most)
+            asked = True
+        if waited > _PATIENCE_S:
+            raise RunFailedError(
+                f"ray.num_workers={config.num_workers}: after {_PATIENCE_S // 60} minutes the "
+                f"cluster has room for {room} with {config.cpus_per_worker} CPUs each beside one "
+                f"for the data, {free} of it free; use fewer workers or a larger cluster"
+            )
+        time.sleep(0.5)

@@ -289,8 +289,12 @@ class PlanDataConfig(ray.train.DataConfig):
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
         run = self._run
-        names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-        start = run.begin_attempt([names[node] for node in worker_node_ids])
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        mine = [nodes[number] for number in worker_node_ids]
+        start = run.begin_attempt(
+            [node["NodeManagerHostname"] for node in mine],
+            [node["NodeManagerAddress"] for node in mine],
+        )
         if start >= run.stop_step:
             return [dict.fromkeys(datasets)] * world_size
         batch, ranks = run.global_batch_size, mesh_sizes(run.config.distributed, world_size).data

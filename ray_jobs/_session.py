@@ -29,6 +29,8 @@ _DEFAULTS = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # It would let workers go on until their node is gone; `_attempts` looks itself, and acts.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
 }
 # Of a driver's environment what its workers need: where caches and stores are.
@@ -128,8 +130,6 @@ def _passed() -> dict[str, str]:
 
 
 def _start(num_cpus: int) -> None:
-    # Nobody takes nodes away from a Ray of our own.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Says on every start that Ray made itself a token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray

@@ -11,7 +11,7 @@ import ray.train
 
 from modular_lm.cli import setup_logging
 from modular_lm.data.dataset import LocalLoader, StepRows
-from modular_lm.errors import EXIT_BAD_INPUT, AgreedError
+from modular_lm.errors import AgreedError
 from modular_lm.parallel import init_world
 from modular_lm.train.run import Run
 from modular_lm.train.worker import train_rank
@@ -29,10 +29,6 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     rank = context.get_world_rank()
     setup_logging(rank, run.folder.log_file(rank))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    for failure in run.events_since_launch("failure"):
-        if failure["exit_code"] == EXIT_BAD_INPUT:
-            # Another attempt would meet the same input.
-            return {"error": failure["reason"], "exit_code": EXIT_BAD_INPUT}
     stream: Any = ray.train.get_dataset_shard(DATASET)
     if stream is None:
         return {"step": run.stop_step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,11 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import yaml
 
+from modular_lm.config import TrainConfig
+from modular_lm.config.load import from_dict
+from modular_lm.data.dataset import Dataset
+from modular_lm.data.fingerprint import digest
+from modular_lm.tokenizer import build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
-from modular_lm.train.inventory import complete_steps
+from modular_lm.train.inventory import complete_steps, step_folder
 
 TIMEOUT = 480.0
 CHECKPOINT_EVERY = 10
@@ -108,6 +116,40 @@ def assert_unharmed(folder: RunFolder, uninterrupted: RunFolder) -> None:
     for attempt in attempts:
         assert 0 <= attempt["steps_again"] <= CHECKPOINT_EVERY
         assert attempt["start_step"] in {0, *saved}
+
+
+def copied_up_to(step: int, source: RunFolder, path: Path) -> RunFolder:
+    """A copy of a finished run whose checkpoints behind `step` are gone: it goes on from there."""
+    shutil.copytree(source.path, path, ignore=shutil.ignore_patterns("*.lock"))
+    copy = RunFolder(path)
+    for newer in complete_steps(copy.checkpoints):
+        if newer > step:
+            shutil.rmtree(step_folder(copy.checkpoints, newer))
+    return copy
+
+
+def outcomes(folder: RunFolder) -> list[str]:
+    """How every attempt ended; each has ended once."""
+    events = list(folder.events())
+    begun = [e["attempt"] for e in events if e["event"] == "attempt"]
+    ends = [e for e in events if e["event"] == "attempt_end"]
+    assert [e["attempt"] for e in ends] == begun
+    return [e["outcome"] for e in ends]
+
+
+def assert_each_step_once(folder: RunFolder) -> None:
+    """That the weights have seen what the plan says, step by step, each step once."""
+    config = from_dict(TrainConfig, yaml.safe_load(folder.config.read_text()))
+    created = folder.last_event("created")
+    assert created is not None
+    batch = created["global_batch_size"]
+    data = Dataset(config.data, build_tokenizer(config.data.tokenizer), batch)
+    found, seen = digests(folder), 0
+    assert list(found) == list(range(1, len(found) + 1))
+    for step in found:
+        index = np.arange((step - 1) * batch, step * batch)
+        seen = (seen + digest(index, data.read(index))) % 2**64
+        assert found[step] == f"{seen:016x}", step
 
 
 def digests(folder: RunFolder) -> dict[int, str]:

@@ -12,7 +12,7 @@ from modular_lm.config.columns import resolve_columns
 from modular_lm.config.distributed import check_distributed, mesh_sizes
 from modular_lm.config.load import to_dict
 from modular_lm.config.optim import check_optim, warnings_of_optim
-from modular_lm.config.schema import ModelConfig, TrainConfig
+from modular_lm.config.schema import ModelConfig, RayConfig, TrainConfig
 from modular_lm.errors import ConfigError
 
 # What decides the function that is trained, and what its optimizer remembers of it: fixed for the
@@ -145,7 +145,19 @@ def _check_model(m: ModelConfig) -> None:
         )
 
 
+def world_sizes(ray: RayConfig) -> tuple[int, int]:
+    """The fewest and the most workers that a run may have."""
+    n = ray.num_workers
+    return (n, n) if isinstance(n, int) else (n[0], n[1])
+
+
 def _check_run(c: TrainConfig) -> None:
+    n = c.ray.num_workers
+    if isinstance(n, list) and (len(n) != 2 or n[0] > n[1]):
+        raise ConfigError(
+            f"ray.num_workers=[{','.join(map(str, n))}]: expected a number, or [min,max] with min "
+            "not above max"
+        )
     if c.stop_at is not None and c.stop_at > c.steps:
         raise ConfigError(f"stop_at={c.stop_at}: lies behind the last step, steps={c.steps}")
     if not c.name or "/" in c.name or c.name.startswith("."):

@@ -204,7 +204,11 @@ def _convert(hint: Any, value: Any, full: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, full)
+        kinds = [a for a in args if a is not type(None)]
+        # `int | list[int]`: a list, or text with commas, is one, all else is the other.
+        many = isinstance(value, list) or (isinstance(value, str) and "," in value)
+        fits = (a for a in kinds if (get_origin(a) is list) == many)
+        return _convert(next(fits, kinds[0]), value, full)
     if origin is Literal:
         if value in args:
             return value
@@ -247,6 +251,9 @@ def _real(value: Any) -> float | None:
 
 
 def _check_bounds(value: Any, metadata: Any, full: str) -> None:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_bounds(item, metadata, f"{full}.{i}")
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     if value != value:

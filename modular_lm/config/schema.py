@@ -252,10 +252,23 @@ class LoggingConfig:
 
 @dataclass
 class RayConfig:
-    num_workers: int = key(1, "training workers: processes that train one model", ge=1)
+    num_workers: int | list[int] = key(
+        1,
+        "training workers; [min,max]: as many as there is room for, more or fewer as nodes come "
+        "and go",
+        ge=1,
+    )
     cpus_per_worker: int = key(1, "CPUs per worker", ge=1)
     use_gpu: bool | None = key(None, "one GPU per worker; default: if the cluster has GPUs")
-    max_failures: int = key(3, "restarts of the workers after a crash", ge=0)
+    max_failures: int = key(
+        3, "restarts after a crash or a hang; counted anew after each new checkpoint", ge=0
+    )
+    max_preemptions: int = key(
+        -1, "restarts because nodes were taken away; -1: as many as it takes", ge=-1
+    )
+    resize_after_s: float = key(
+        60.0, "with num_workers=[min,max]: use new nodes once they have been there so long", ge=0
+    )
 
 
 @dataclass
@@ -268,6 +281,12 @@ class TrainConfig:
         None, "end complete at this step, the schedules still those of `steps`", ge=1
     )
     grad_acc_steps: int = key(1, "micro-steps per optimizer step", ge=1)
+    hang_timeout_s: float = key(
+        600.0,
+        "fail an attempt that has done no step for so long, or for ten times its slowest step if "
+        "that is longer; 0: never",
+        ge=0,
+    )
     dry_run: bool = key(False, "print the resolved config and what it costs, then stop")
     data: DataConfig = key(DataConfig, "what is read")
     model: ModelConfig = key(ModelConfig, "what is computed")

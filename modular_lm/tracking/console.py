@@ -156,8 +156,9 @@ def describe_event(line: dict[str, Any]) -> str | None:
             changes = "".join(f"; {change}" for change in line.get("config_changes") or ())
             start = f"attempt {line['attempt']} from step {line['start_step']}"
             return f"{start}, {line.get('world_size')} workers{changes}"
-        case "failure":
-            return f"attempt {line['attempt']} failed: {line['reason']}"
+        case "attempt_end" if line["outcome"] not in ("done", "stopped"):
+            why = f": {line['reason']}" if line["reason"] else ""
+            return f"attempt {line['attempt']} {line['outcome']} at step {line['step']}{why}"
         case "checkpoint":
             return f"checkpoint of step {line['step']}: {line['path']}"
         case "skipped":
@@ -171,6 +172,8 @@ def describe_event(line: dict[str, Any]) -> str | None:
             return f"spike at step {line['step']}: {loss} (samples {first}..{last})"
         case "stop_requested":
             return f"stop requested: {line['reason']}"
+        case "regroup_requested":
+            return f"going on with other workers: {line['reason']}"
         case "end":
             reason = f": {line['reason']}" if line.get("reason") else ""
             return f"{line['status']} at step {line.get('step')}{reason}"

@@ -189,8 +189,9 @@ def _tags(event: dict[str, Any], folder: RunFolder) -> dict[str, str]:
             return tags | _origin_tags(folder)
         case "created":
             return {"name": str(event.get("name"))}
-        case "failure":
-            return {f"failure.{event['attempt']}": str(event["reason"])}
+        case "attempt_end":
+            why = f": {event['reason']}" if event["reason"] else ""
+            return {f"attempt_end.{event['attempt']}": f"{event['outcome']}{why}"}
         case "checkpoint":
             return {"checkpoint.step": str(event["step"]), "checkpoint.path": str(event["path"])}
         case "end":

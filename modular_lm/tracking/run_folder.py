@@ -11,10 +11,12 @@ these kinds and fields:
     created         uid, name, global_batch_size, batch_size, grad_acc_steps, data (fingerprint),
                     init_ckpt_path
     attempt         attempt, start_step, steps_again (done before, behind the checkpoint, and to
-                    be done again), world_size, hosts, config_changes ("key: old -> new", ...),
-                    data_changes (likewise, allowed by data.allow_change), data (fingerprint),
-                    init_ckpt_path (of the first)
-    failure         attempt, reason
+                    be done again), world_size, hosts, addresses (of every rank, with Ray),
+                    config_changes ("key: old -> new", ...), data_changes (likewise, allowed by
+                    data.allow_change), data (fingerprint), init_ckpt_path (of the first)
+    attempt_end     attempt, outcome (done | stopped | resized | preempted | hung | failed | lost),
+                    reason, step, steps, seconds, world_size, hosts; lost: its driver was killed,
+                    and the line is written by the next one
     checkpoint      step, path, data_digest (of all samples seen), bytes, seconds; the last three
                     are missing where the writer was killed before it could tell
     validation      step, and its results
@@ -22,6 +24,7 @@ these kinds and fields:
                     that changed nothing, for loss or gradient were not finite
     spike           step, samples, loss, grad_norm, median and deviation of the losses before
     stop_requested  reason
+    regroup_requested  reason: the workers are to save and end, for others to go on
     end             status (done | stopped | failed), step, exit_code, reason
 
 `metrics.jsonl` (training) and `metrics.eval.jsonl` (validation and evaluation) are appended by
@@ -165,14 +168,46 @@ class RunFolder:
 
     def stop_requested(self) -> str | None:
         """The reason of a pending stop request. One failing `open` per call where there is none."""
-        try:
-            return self.stop_file.read_text(encoding="utf-8").strip() or f"found {self.stop_file}"
-        except FileNotFoundError:
-            return None
+        return _text_of(self.stop_file)
 
     def clear_stop(self) -> None:
         """Forget the stop request, if there is one."""
         self.stop_file.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ another group of workers
+
+    @property
+    def regroup_file(self) -> Path:
+        """As `stop_file`, but the run goes on from its checkpoint with other workers."""
+        return self.ray / "regroup"
+
+    def request_regroup(self, reason: str) -> None:
+        """Ask the workers to save a checkpoint and end, so that others can take over."""
+        write_text_atomic(self.regroup_file, reason + "\n")
+
+    def stop_or_regroup_requested(self) -> str | None:
+        """The reason of a pending request to save and end. Cheap enough for every step."""
+        return self.stop_requested() or _text_of(self.regroup_file)
+
+    def clear_regroup(self) -> None:
+        """Forget the request for other workers, if there is one."""
+        self.regroup_file.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ ranks that stand still
+
+    def stuck_file(self, rank: int) -> Path:
+        """Where a rank of the latest attempt stands still, as `train.watchdog` writes it."""
+        return self.ray / "stuck" / f"{rank:05d}.json"
+
+    def stuck(self) -> dict[int, dict[str, Any]]:
+        """What the ranks of the latest attempt that stand still have written, by rank."""
+        files = sorted((self.ray / "stuck").glob("*.json"))
+        return {int(file.stem): json.loads(file.read_bytes()) for file in files}
+
+    def clear_stuck(self) -> None:
+        """Forget them."""
+        for file in (self.ray / "stuck").glob("*.json"):
+            file.unlink(missing_ok=True)
 
 
 class JsonLines:
@@ -269,6 +304,13 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
 def _is_cut(raw: bytes, step: int) -> bool:
     line = parse_line(raw)
     return line is None or line.get("global_step", step) > step
+
+
+def _text_of(request: Path) -> str | None:
+    try:
+        return request.read_text(encoding="utf-8").strip() or f"found {request}"
+    except FileNotFoundError:
+        return None
 
 
 def _append(path: Path, line: dict[str, Any], *, sync: bool) -> None:

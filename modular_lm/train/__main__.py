@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from typing import Any
 
 from modular_lm.cli import leave, run_job, setup_logging
 from modular_lm.config import TrainConfig
 from modular_lm.data.dataset import LocalLoader, check_sources
-from modular_lm.train.driver import drive, stop_on_signals
+from modular_lm.train.driver import drive, end_hung, stop_on_signals
 from modular_lm.train.dry_run import describe
 from modular_lm.train.run import Run, open_run, resolve_config
 
@@ -60,7 +61,8 @@ def _train(run: Run) -> int:
         start = world.broadcast(run.begin_attempt(hosts) if world.rank == 0 else None)
         loader = LocalLoader(run.dataset, run.global_batch_size, world.data_rank, world.data_size)
         steps = loader.steps(start, run.stop_step)
-        return train_rank(run, world, start, steps, record).step
+        hung = partial(end_hung, run, world.size) if world.rank == 0 else None
+        return train_rank(run, world, start, steps, record, hung).step
     finally:
         dist.destroy_process_group()
 

@@ -172,7 +172,6 @@ class Run:
     config_changes: tuple[str, ...]
     data_changes: tuple[str, ...]
     is_new: bool
-    launched_at: str = ""
 
     @property
     def checkpoints(self) -> Place:
@@ -196,7 +195,7 @@ class Run:
         """Create the folder if need be and write what describes the run. Driver only."""
         self.folder.create()
         self.folder.clear_stop()
-        self.launched_at = datetime.now(UTC).isoformat()
+        self.end_attempt("lost", "its driver was killed")
         write_text_atomic(self.folder.config, to_yaml(to_dict(self.config)))
         write_text_atomic(self.folder.base_config, to_yaml(given))
         snapshot_code(self.folder.code)
@@ -219,10 +218,10 @@ class Run:
             created = self.folder.last_event("created") or {}
             claim(self.checkpoints, created["uid"], self.folder.path)
 
-    def begin_attempt(self, hosts: list[str]) -> int:
+    def begin_attempt(self, hosts: list[str], addresses: list[str] | None = None) -> int:
         """Pick the newest complete checkpoint, record the attempt, return its start step.
 
-        hosts: the machine of every rank.
+        hosts: the machine of every rank; addresses: with Ray, the node of every rank.
         """
         self.record_checkpoints()
         start = self.done_steps
@@ -234,6 +233,7 @@ class Run:
             steps_again=max(0, self.folder.last_step.read() - start),
             world_size=len(hosts),
             hosts=sorted(set(hosts)),
+            addresses=addresses,
             config_changes=list(self.config_changes),
             data_changes=list(self.data_changes),
             data=self.dataset.fingerprint(),
@@ -243,6 +243,37 @@ class Run:
         self.folder.last_step.write(start)
         return start
 
+    def open_attempt(self) -> dict[str, Any] | None:
+        """The event of the attempt that has begun and not ended, if there is one."""
+        latest = self.folder.last_event("attempt")
+        ended = self.folder.last_event("attempt_end")
+        return None if latest and ended and ended["attempt"] == latest["attempt"] else latest
+
+    def end_attempt(self, outcome: str, reason: str | None) -> None:
+        """Record how the attempt that is under way ended; nothing if none is."""
+        began = self.open_attempt()
+        if began is None:
+            return
+        step = max(self.folder.last_step.read(), began["start_step"])
+        end = self._last_sign_of_life() if outcome == "lost" else datetime.now(UTC)
+        seconds = (end - datetime.fromisoformat(began["time"])).total_seconds()
+        self.folder.append_event(
+            "attempt_end",
+            attempt=began["attempt"],
+            outcome=outcome,
+            reason=reason,
+            step=step,
+            steps=step - began["start_step"],
+            seconds=round(max(0.0, seconds), 3),
+            world_size=began["world_size"],
+            hosts=began["hosts"],
+        )
+        self.folder.clear_stuck()
+
+    def _last_sign_of_life(self) -> datetime:
+        files = (self.folder.ray / "last_step", self.folder.metrics.path, self.folder.events_file)
+        return datetime.fromtimestamp(max(f.stat().st_mtime for f in files if f.exists()), UTC)
+
     def record_checkpoints(self) -> None:
         """Add the events of checkpoints whose writer was killed before it could report them."""
         events = (e for e in self.folder.events() if e["event"] == "checkpoint")
@@ -251,11 +282,6 @@ class Run:
             if step not in known:
                 path = step_folder(self.checkpoints, step)
                 self.folder.append_event("checkpoint", step=step, path=str(path))
-
-    def events_since_launch(self, kind: str) -> list[dict[str, Any]]:
-        """The events of this kind that belong to the command that is running now."""
-        found = (e for e in self.folder.events() if e["event"] == kind)
-        return [event for event in found if event["time"] >= self.launched_at]
 
     def describe_data(self, step: int) -> dict[str, float]:
         """Epoch and share of each source in the global batch that ended step `step`."""

@@ -56,7 +56,8 @@ class Callbacks:
 
     metrics: a training line; evaluation: a line of validation metrics; saved: a complete
     checkpoint; stop: asked before each step, a reason if this rank was told to stop; stepped:
-    after each step, how many are done; trouble: kind and fields of a skipped step or a loss spike.
+    after each step, how many are done; trouble: kind and fields of a skipped step or a loss spike;
+    phase: around what is no step and may take longer, by name.
     """
 
     metrics: Callable[[dict[str, Any]], None]
@@ -65,6 +66,9 @@ class Callbacks:
     stop: Callable[[], str | None]
     stepped: Callable[[int], None]
     trouble: Callable[[str, dict[str, Any]], None]
+    phase: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: (
+        contextlib.nullcontext()
+    )
 
 
 @dataclass
@@ -220,7 +224,7 @@ class Trainer:
         cadence, last = self.config.checkpoint, self.step == stop_step
         evaluate = _due(self.step, cadence.eval.every)
         if (last or evaluate) and self.validation is not None:
-            with self._paused():
+            with self._paused("validation"):
                 scores = self.validation.score(self.model, self.world)
                 if self.world.rank == 0:
                     # Before the line that tells of it.
@@ -257,7 +261,7 @@ class Trainer:
             self.stability.skipped,
             self.stability.spikes,
         )
-        with self._paused():
+        with self._paused("saving"):
             self._saved_at = time.monotonic()
             self._saver.save(self.model, self.optimizers.parts, state, rolling=rolling)
         self._saved_step = self.step
@@ -267,14 +271,15 @@ class Trainer:
     def _collect(self) -> None:
         """See the save that is under way to its end, if there is one, and tell of it."""
         if self._saver.busy:
-            with self._paused():
+            with self._paused("waiting for the checkpoint"):
                 saved = self._saver.collect()
             self.callbacks.saved(saved)
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
+    def _paused(self, what: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with self.callbacks.phase(what):
+            yield
         self._clock.paused += time.perf_counter() - began
 
     def _report(self, result: StepResult) -> None:

@@ -12,6 +12,7 @@ from modular_lm.files import lock
 from modular_lm.parallel import World
 from modular_lm.train.run import Run
 from modular_lm.train.trainer import Callbacks, Outcome, Trainer
+from modular_lm.train.watchdog import Watchdog
 
 
 def train_rank(
@@ -20,11 +21,13 @@ def train_rank(
     start_step: int,
     steps: Iterator[StepRows],
     record: Callable[[str, dict[str, Any]], None],
+    hung: Callable[[], None] | None = None,
 ) -> Outcome:
     """Build the model, resume at `start_step`, train to `run.stop_step`. A collective.
 
     record: takes the events `checkpoint` and `validation` with their fields; called on every
-    rank. Metrics files are written by rank 0.
+    rank. Metrics files are written by rank 0. hung: called before the process is ended because
+    training stands still.
     """
     c, folder, leads = run.config, run.folder, world.rank == 0
 
@@ -42,24 +45,25 @@ def train_rank(
         record("checkpoint", checkpoint)
 
     def stop() -> str | None:
-        return folder.stop_requested() if leads else None
+        return folder.stop_or_regroup_requested() if leads else None
 
-    mark = folder.last_step
+    mark, watchdog = folder.last_step, Watchdog(folder, world.rank, c.hang_timeout_s, hung)
 
     def stepped(step: int) -> None:
+        watchdog.beat(step)
         if leads:
             mark.write(step)
 
-    trainer = Trainer(
-        c,
-        world,
-        folder,
-        run.tokenizer,
-        run.global_batch_size,
-        Callbacks(metrics, evaluation, saved, stop, stepped, record),
-        _validation(run),
-    )
-    with _alone(run, world):
+    with contextlib.closing(watchdog), _alone(run, world):
+        trainer = Trainer(
+            c,
+            world,
+            folder,
+            run.tokenizer,
+            run.global_batch_size,
+            Callbacks(metrics, evaluation, saved, stop, stepped, record, watchdog.phase),
+            _validation(run),
+        )
         trainer.resume(start_step)
         if leads:
             # Steps that an earlier attempt did after this checkpoint are done, and written, again.

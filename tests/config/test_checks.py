@@ -7,7 +7,13 @@ import re
 import pytest
 
 from modular_lm.config import TrainConfig, load_config
-from modular_lm.config.checks import changes, global_batch_size, resolve, warnings_of
+from modular_lm.config.checks import (
+    changes,
+    global_batch_size,
+    resolve,
+    warnings_of,
+    world_sizes,
+)
 from modular_lm.config.columns import _TAKEN
 from modular_lm.errors import ConfigError
 
@@ -77,6 +83,8 @@ def test_stages_are_by_step_and_normalised() -> None:
         (["data.stages={0: {a: 1}}"], "data.stages.0: expected a step > 0"),
         (["data.stages={late: {a: 1}}"], "data.stages.late: expected a step > 0"),
         (["stop_at=101"], "stop_at=101"),
+        (["ray.num_workers=[4,2]"], "ray.num_workers=[4,2]"),
+        (["ray.num_workers=[1,2,3]"], "ray.num_workers=[1,2,3]"),
         (["name="], "name="),
         (["name=../x"], "name=../x"),
     ],
@@ -134,3 +142,12 @@ def test_words_that_no_column_can_have_are_those_of_torch() -> None:
 
     names = (n for n in dir(nn.ModuleDict()) if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", n))
     assert set(_TAKEN) == {"auto", "base", *names}
+
+
+def test_num_workers_is_a_number_or_a_range() -> None:
+    assert world_sizes(resolved("ray.num_workers=3").ray) == (3, 3)
+    assert world_sizes(resolved("ray.num_workers=[1,4]").ray) == (1, 4)
+    assert world_sizes(resolved("ray.num_workers=2,2").ray) == (2, 2)
+    for wrong in ("[0,4]", "[1,x]", "0", "many"):
+        with pytest.raises(ConfigError, match=r"ray\.num_workers"):
+            resolved(f"ray.num_workers={wrong}")

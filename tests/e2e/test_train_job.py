@@ -144,10 +144,11 @@ def test_killed_worker_the_run_finishes_by_itself_with_the_same_loss(
     finish(job)
     assert_unharmed(folder, uninterrupted)
     attempts = [e["start_step"] for e in folder.events() if e["event"] == "attempt"]
-    failures = [e for e in folder.events() if e["event"] == "failure"]
+    ends = [e for e in folder.events() if e["event"] == "attempt_end"]
     assert len(attempts) == 2
     assert attempts[1] >= 10
-    assert failures
+    assert [e["outcome"] for e in ends] == ["failed", "done"]
+    assert ends[1]["step"] == attempts[1] + ends[1]["steps"] == 40
 
 
 def test_worker_killed_after_the_last_checkpoint_the_run_is_complete(

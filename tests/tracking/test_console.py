@@ -83,13 +83,13 @@ def test_steps_done_again_are_shown_again(
 ) -> None:
     plain.event(_event("attempt", attempt=1, start_step=0, world_size=1))
     plain.metrics(_line(20))
-    plain.event(_event("failure", attempt=1, reason="worker died"))
+    plain.event(_event("attempt_end", attempt=1, outcome="failed", reason="worker died", step=7))
     plain.event(_event("attempt", attempt=2, start_step=10, world_size=1))
     plain.metrics(_line(10))
     plain.metrics(_line(20))
     steps = [m.split("  ")[0] for m in caplog.messages if m.startswith("step")]
     assert steps == ["step 20/600", "step 20/600"]
-    assert "attempt 1 failed: worker died" in caplog.messages
+    assert "attempt 1 failed at step 7: worker died" in caplog.messages
 
 
 def test_validation_table() -> None:

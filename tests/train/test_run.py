@@ -1,9 +1,11 @@
-"""What a run folder that is opened again accepts: the data under which its checkpoint was made."""
+"""What a run folder that is opened again accepts, and the lines of its attempts."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,43 @@ def test_a_multiplier_of_no_parameter_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"optim\.lr_multipliers\.layers\.2\.\*=0\.5: matches no"):
         resolve_config(with_pattern("layers.2.*"))
     assert not (tmp_path / "run").exists()
+
+
+def test_every_attempt_gets_one_end(config: TrainConfig) -> None:
+    run = opened(config)
+    attempt(run)
+    run.folder.last_step.write(7)
+    run.end_attempt("failed", "a worker died")
+    run.end_attempt("failed", "said twice")
+    save(run, 10)
+    run.begin_attempt(["here", "there"])
+    run.folder.last_step.write(15)
+    run.folder.stuck_file(0).parent.mkdir()
+    run.folder.stuck_file(0).write_text("{}")
+    run.end_attempt("done", None)
+    assert not run.folder.stuck()
+    ends = [event for event in run.folder.events() if event["event"] == "attempt_end"]
+    shown = ("attempt", "outcome", "reason", "step", "steps", "world_size", "hosts")
+    assert [[end[name] for name in shown] for end in ends] == [
+        [1, "failed", "a worker died", 7, 7, 1, ["here"]],
+        [2, "done", None, 15, 5, 2, ["here", "there"]],
+    ]
+    assert all(0 <= end["seconds"] < 60 for end in ends)
+
+
+def test_an_attempt_whose_driver_was_killed_is_ended_by_the_next(config: TrainConfig) -> None:
+    run = opened(config)
+    attempt(run)
+    run.folder.last_step.write(3)
+    began = datetime.fromisoformat(run.folder.last_event("attempt")["time"])  # type: ignore[index]
+    alive = began.timestamp() + 2.5
+    for file in (run.folder.ray / "last_step", run.folder.metrics.path, run.folder.events_file):
+        if file.exists():
+            os.utime(file, (alive, alive))
+    attempt(opened(config))
+    kinds = [event["event"] for event in run.folder.events()]
+    assert kinds == ["created", "attempt", "attempt_end", "attempt"]
+    end = run.folder.last_event("attempt_end")
+    assert end is not None
+    assert (end["outcome"], end["steps"]) == ("lost", 3)
+    assert end["seconds"] == pytest.approx(2.5, abs=0.01), "until its last sign of life"
