@@ -17,6 +17,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from modular_lm.config.checks import world_sizes
 from modular_lm.config.schema import RayConfig
@@ -138,9 +139,6 @@ class _Attempt:
             raise AgreedError(reason, code) from error
         if _was_preempted(error):
             return Ended("preempted", reason)
-        fits = room_for(run.config.ray, self._on_gpu) >= self._size
-        if self._event is None and not fits:
-            return Ended("preempted", "a node was lost while the workers were starting")
         return Ended("failed", reason, code=code)
 
 
@@ -169,6 +167,9 @@ class _Budget:
 
 
 def _was_preempted(error: BaseException) -> bool:
+    """Whether workers died with a node that was drained, or a node went while they were placed."""
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return True
     failures = getattr(error, "worker_failures", {}).values()
     return any(isinstance(f, RayActorError) and f.preempted for f in failures)
 

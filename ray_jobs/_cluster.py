@@ -40,7 +40,8 @@ def use_gpu(config: RayConfig) -> bool:
 def leaving() -> set[str]:
     """The addresses of the nodes that Ray has been told will be taken away."""
     draining = state.state.get_draining_nodes()
-    return {n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in draining}
+    nodes = ray.nodes() if draining else []
+    return {node["NodeManagerAddress"] for node in nodes if node["NodeID"] in draining}
 
 
 def room_for(config: RayConfig, on_gpu: bool, *, free: bool = False) -> int:
@@ -68,14 +69,12 @@ def wait_for_workers(
     """
     fewest, most = world_sizes(config)
     began, asked = time.monotonic(), False
-    while True:
+    while not stopped():
         room = min(most, room_for(config, on_gpu))
         free = min(most, room_for(config, on_gpu, free=True))
         waited = time.monotonic() - began
         if room >= fewest and (free >= room or (free >= fewest and waited > _SETTLE_S)):
             return free
-        if stopped():
-            return None
         if not asked and waited > _SETTLE_S:
             log.warning(
                 "%d workers with %d CPUs each and their data do not fit: there is room for %d, "
@@ -91,3 +90,4 @@ def wait_for_workers(
                 f"for the data, {free} of it free; use fewer workers or a larger cluster"
             )
         time.sleep(0.5)
+    return None

@@ -31,7 +31,8 @@ _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # It would let workers go on until their node is gone; `_attempts` looks itself, and acts.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    # Only placing takes this time, of workers for which there was room a moment ago.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
 # Of a driver's environment what its workers need: where caches and stores are.
 _PASSED = ("MODULAR_LM_", "MLFLOW_", "HF_", "AWS_", "FSSPEC_")

@@ -113,10 +113,11 @@ def attempt(folder: RunFolder, number: int, job: subprocess.Popen) -> dict[str, 
     """The event of this attempt, once it has done steps."""
 
     def stepped() -> dict[str, Any] | None:
-        assert job.poll() is None, job.communicate()[0][-3000:]  # pyright: ignore
+        assert job.poll() is None, finish(job)
         found = folder.last_event("attempt")
-        begun = found is not None and found["attempt"] == number
-        return found if begun and folder.last_step.read() > found["start_step"] + 2 else None
+        if found is None or found["attempt"] != number:
+            return None
+        return found if folder.last_step.read() > found["start_step"] + 2 else None
 
     return wait_until(stepped, f"steps of attempt {number}", 240)
 

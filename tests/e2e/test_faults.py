@@ -37,6 +37,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOM = 64 << 20
 
 
+def attempts(folder: RunFolder) -> int:
+    return [event["event"] for event in folder.events()].count("attempt")
+
+
 # ------------------------------------------------------------------ the checkpoint write
 
 
@@ -50,7 +54,9 @@ def freeze_in_a_write(
     folder: RunFolder, job: subprocess.Popen, environment: dict[str, str], moment: random.Random
 ) -> list[psutil.Process]:
     """Stop all workers while a checkpoint is half-written; they are proved to be in it."""
-    workers = wait_until(lambda: train_workers(environment), "workers")
+    wait_until(lambda: attempts(folder) == 2 or job.poll() is not None, "the attempt")
+    workers = train_workers(environment)
+    assert len(workers) == 2
     while job.poll() is None:
         if not half_written(folder):
             continue
@@ -123,10 +129,6 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(
     filler.unlink()
     jobs.run("ray_jobs.train", *TINY, where)
     assert_unharmed(folder, uninterrupted)
-
-
-def attempts(folder: RunFolder) -> int:
-    return [event["event"] for event in folder.events()].count("attempt")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_without_it_the_run_goes_on(
