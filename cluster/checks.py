@@ -23,7 +23,7 @@ from modular_lm.config import (
     TrainConfig,
     load_config,
 )
-from modular_lm.config.checks import dump_dir_of
+from modular_lm.config.checks import dump_dir_of, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.data.builtin import BUILTIN
 from modular_lm.data.dataset import check_sources, source_names
@@ -144,10 +144,10 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
     # A run that is to be deleted is none that could be continued.
     looked_at = str(dump_dir / ".afresh" if afresh else dump_dir)
     resolved, tokenizer = resolve_config(replace(config, dump_dir=looked_at))
-    n = resolved.ray.num_workers
+    workers = world_sizes(resolved.ray)
     complete = False
     if RunFolder(looked_at).last_event("created") or BUILTIN not in source_names(resolved.data):
-        complete = open_run(resolved, tokenizer, n).is_complete
+        complete = open_run(resolved, tokenizer, workers[1]).is_complete
     else:
         check_sources(resolved.data, tokenizer)  # the job itself makes the built-in corpus
     return Job(
@@ -155,7 +155,7 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
         given={**given, "dump_dir": str(dump_dir)},
         dump_dir=dump_dir,
         name=resolved.name,
-        workers=(n, n),
+        workers=workers,
         cpus_per_worker=resolved.ray.cpus_per_worker,
         complete=complete,
     )

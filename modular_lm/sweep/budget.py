@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modular_lm.config.checks import global_batch_size, resolve_model
+from modular_lm.config.checks import global_batch_size, resolve_model, world_sizes
 from modular_lm.config.schema import ModelConfig, TrainConfig
 from modular_lm.config.sweep import Budget
 from modular_lm.errors import ConfigError
@@ -47,7 +47,7 @@ def cost_of(config: TrainConfig) -> Cost:
     model, seq_len = config.model, config.data.seq_len
     state = state_elements(model, seq_len) * _ITEM_BYTES[config.distributed.model_dtype]
     return Cost(
-        tokens_per_step=global_batch_size(config, config.ray.num_workers) * seq_len,
+        tokens_per_step=global_batch_size(config, world_sizes(config.ray)[1]) * seq_len,
         flops_per_token=flops_per_token(model, seq_len),
         parameters=parameters(model).total,
         ffn_dim=sizes_of(model).ffn_dim,

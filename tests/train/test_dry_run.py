@@ -12,7 +12,7 @@ import yaml
 
 from modular_lm.cli import run_job
 from modular_lm.config import TrainConfig, load_config
-from modular_lm.config.checks import resolve
+from modular_lm.config.checks import resolve, world_sizes
 from modular_lm.config.schema import PrepareConfig, TokenizerConfig
 from modular_lm.data.prepare import prepare_sources
 from modular_lm.errors import ConfigError
@@ -79,7 +79,7 @@ def check_dry_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> N
     with torch.device("meta"):
         model = LanguageModel(resolved.model)
     total = sum(p.numel() for p in model.parameters())
-    rows, workers = figures(output), given.ray.num_workers
+    rows, workers = figures(output), world_sizes(given.ray)[1]
     batch = given.data.batch_size * given.grad_acc_steps * workers
     per_step = batch * given.data.seq_len
     stop = given.stop_at or given.steps
