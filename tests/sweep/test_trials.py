@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modular_lm.config import SweepConfig, TrainConfig, load_config
-from modular_lm.config.checks import flatten
+from modular_lm.config.checks import flatten, global_batch_size, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.errors import ConfigError
 from modular_lm.model.flops import flops_per_token, parameters
@@ -39,7 +39,7 @@ def flops_of(each: Plan) -> dict[str, float]:
     for trial in each.trials:
         config = from_dict(TrainConfig, trial.given)
         assert trial.arm.config is not None
-        tokens = config.data.batch_size * config.ray.num_workers * config.data.seq_len
+        tokens = global_batch_size(config, world_sizes(config.ray)[1]) * config.data.seq_len
         per_token = flops_per_token(trial.arm.config.model, config.data.seq_len)
         found[trial.name] = config.steps * tokens * per_token
     return found
