@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from modular_lm.config.checks import world_sizes
+from modular_lm.config.checks import largest_world, world_sizes
 from modular_lm.config.schema import RayConfig
 from modular_lm.errors import EXIT_BAD_INPUT, EXIT_FAILED, AgreedError
 from modular_lm.train.run import Run
@@ -53,7 +53,7 @@ def run_attempts(run: Run) -> int | None:
     """
     c, folder = run.config.ray, run.folder
     on_gpu, budget = use_gpu(c), _Budget(c)
-    while (size := wait_for_workers(c, on_gpu, folder.stop_requested)) is not None:
+    while (size := wait_for_workers(run.config, on_gpu, folder.stop_requested)) is not None:
         folder.clear_regroup()
         attempt = _Attempt(run, size, on_gpu)
         if not attempt.attend():
@@ -106,16 +106,18 @@ class _Attempt:
         """Why the run had better go on with other workers, if it had."""
         if gone := sorted(leaving() & set(event["addresses"])):
             return Ended("preempted", f"{', '.join(gone)} will be taken away")
-        c = self._run.config.ray
-        most = world_sizes(c)[1]
-        room = room_for(c, self._on_gpu, free=True) if self._size < most else 0
-        if room <= 0:
+        config = self._run.config
+        if self._size == world_sizes(config.ray)[1]:
+            return None
+        room = room_for(config.ray, self._on_gpu, free=True)
+        larger = largest_world(config, self._size + room)
+        if larger <= self._size:
             self._room_since = None
             return None
         self._room_since = self._room_since or time.monotonic()
-        if time.monotonic() - self._room_since < c.resize_after_s:
+        if time.monotonic() - self._room_since < config.ray.resize_after_s:
             return None
-        return Ended("resized", f"there is room for {min(most, self._size + room)} workers")
+        return Ended("resized", f"there is room for {larger} workers")
 
     def ended(self) -> Ended:
         """How it ended. Raises AgreedError for a failure that another attempt would meet, too."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from modular_lm.config import TrainConfig
-from modular_lm.config.checks import dump_dir_of, resolve, warnings_of
+from modular_lm.config.checks import dump_dir_of, resolve, warnings_of, world_sizes
 from modular_lm.config.schema import TokenizerConfig
 from modular_lm.data.builtin import BUILTIN, builtin_folder
 from modular_lm.data.dataset import check_sources, source_names
@@ -135,7 +135,7 @@ def _run(config: TrainConfig, tokenizer: Tokenizer) -> Finding:
     if BUILTIN in source_names(config.data) and not builtin_folder(config.data.tokenizer)[1]:
         return Finding("run", "ok", "not compared with what its folder may hold: see data")
     try:
-        run = open_run(config, tokenizer, config.ray.num_workers)
+        run = open_run(config, tokenizer, world_sizes(config.ray)[1])
     except (UserFacingError, OSError) as error:
         return Finding("run", "error", reason(error))
     if run.is_complete:
@@ -217,7 +217,7 @@ def _size(folder: Path) -> int:
 
 def memory_finding(config: TrainConfig, device_gib: float | None) -> Finding:
     """The estimate of `dry_run` against the memory of the device of one worker."""
-    needed = memory_estimate(config, config.ray.num_workers).total
+    needed = memory_estimate(config, world_sizes(config.ray)[0]).total
     text = f"about {_shown(needed)} per worker (roughly)"
     if device_gib is None:
         return Finding("memory", "ok", text, "device_memory=GIB compares it with a device")

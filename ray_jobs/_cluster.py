@@ -10,8 +10,8 @@ import ray
 from ray._private import state
 from ray.autoscaler.sdk import request_resources
 
-from modular_lm.config.checks import world_sizes
-from modular_lm.config.schema import RayConfig
+from modular_lm.config.checks import largest_world, world_sizes
+from modular_lm.config.schema import RayConfig, TrainConfig
 from modular_lm.errors import ConfigError, RunFailedError
 
 log = logging.getLogger(__name__)
@@ -60,34 +60,37 @@ def room_for(config: RayConfig, on_gpu: bool, *, free: bool = False) -> int:
 
 
 def wait_for_workers(
-    config: RayConfig, on_gpu: bool, stopped: Callable[[], str | None]
+    config: TrainConfig, on_gpu: bool, stopped: Callable[[], str | None]
 ) -> int | None:
     """Wait until there is room for the workers; how many, or None if `stopped` before.
 
-    As many as there is room for, if `ray.num_workers` is a range. A cluster that can grow is asked
-    to. Raises RunFailedError after ten minutes.
+    As many as there is room for and as form the mesh, if `ray.num_workers` is a range. A cluster
+    that can grow is asked to. Raises RunFailedError after ten minutes.
     """
-    fewest, most = world_sizes(config)
-    began, asked = time.monotonic(), False
+    c, began, asked = config.ray, time.monotonic(), False
     while not stopped():
-        room = min(most, room_for(config, on_gpu))
-        free = min(most, room_for(config, on_gpu, free=True))
-        waited = time.monotonic() - began
-        if room >= fewest and (free >= room or (free >= fewest and waited > _SETTLE_S)):
-            return free
+        room, free = room_for(c, on_gpu), room_for(c, on_gpu, free=True)
+        size, waited = largest_world(config, free), time.monotonic() - began
+        # Others may hold the rest for long; what an earlier group of ours held comes back at once.
+        if size and (size >= largest_world(config, room) or waited > _SETTLE_S):
+            return size
         if not asked and waited > _SETTLE_S:
             log.warning(
-                "%d workers with %d CPUs each and their data do not fit: there is room for %d, "
-                "%d of it free; waiting for more",
-                *(fewest, config.cpus_per_worker, room, free),
+                "%s, and it has room for %d, %d of it free: waiting", _wanted(c), room, free
             )
-            request_resources(bundles=[{"CPU": config.cpus_per_worker}] * most)
+            request_resources(bundles=[{"CPU": c.cpus_per_worker}] * world_sizes(c)[1])
             asked = True
         if waited > _PATIENCE_S:
             raise RunFailedError(
-                f"ray.num_workers={config.num_workers}: after {_PATIENCE_S // 60} minutes the "
-                f"cluster has room for {room} with {config.cpus_per_worker} CPUs each beside one "
-                f"for the data, {free} of it free; use fewer workers or a larger cluster"
+                f"{_wanted(c)}, and after {_PATIENCE_S // 60} minutes it has room for {room}, "
+                f"{free} of it free; use fewer workers or a larger cluster"
             )
         time.sleep(0.5)
     return None
+
+
+def _wanted(c: RayConfig) -> str:
+    return (
+        f"ray.num_workers={c.num_workers}: the cluster must hold them, with {c.cpus_per_worker} "
+        "CPUs each, beside one CPU for the data"
+    )

@@ -30,7 +30,7 @@ from modular_lm.config import (
     TrainConfig,
     load_config,
 )
-from modular_lm.config.checks import dump_dir_of
+from modular_lm.config.checks import dump_dir_of, world_sizes
 from modular_lm.data.hub import on_disk
 from modular_lm.data.prepare import plan_sources
 from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserFacingError
@@ -86,7 +86,7 @@ def _job(cls: type, rest: Sequence[str], own: DoctorConfig) -> list[Finding]:
 
 
 def _train(config: TrainConfig, device: float | None) -> list[Finding]:
-    workers, use_gpu = config.ray.num_workers, config.ray.use_gpu
+    workers, use_gpu = world_sizes(config.ray)[0], config.ray.use_gpu
     folder = Path(dump_dir_of(config)).expanduser().absolute()
     here = not os.environ.get("RAY_ADDRESS")
     found = training_findings(config, device or (device_gib(use_gpu, workers) if here else None))

@@ -4,6 +4,7 @@ change when a run is continued. Pure functions of the config; files are checked 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -151,6 +152,15 @@ def world_sizes(ray: RayConfig) -> tuple[int, int]:
     return (n, n) if isinstance(n, int) else (n[0], n[1])
 
 
+def largest_world(c: TrainConfig, at_most: int) -> int:
+    """The most workers that `ray.num_workers` allows and that form the mesh; 0 if none do."""
+    fewest, most = world_sizes(c.ray)
+    for n in range(min(most, at_most), fewest - 1, -1):
+        with contextlib.suppress(ConfigError):
+            return mesh_sizes(c.distributed, n).world
+    return 0
+
+
 def _check_run(c: TrainConfig) -> None:
     n = c.ray.num_workers
     if isinstance(n, list) and (len(n) != 2 or n[0] > n[1]):
@@ -158,6 +168,9 @@ def _check_run(c: TrainConfig) -> None:
             f"ray.num_workers=[{','.join(map(str, n))}]: expected a number, or [min,max] with min "
             "not above max"
         )
+    if isinstance(n, list):
+        for workers in n:
+            mesh_sizes(c.distributed, workers)
     if c.stop_at is not None and c.stop_at > c.steps:
         raise ConfigError(f"stop_at={c.stop_at}: lies behind the last step, steps={c.steps}")
     if not c.name or "/" in c.name or c.name.startswith("."):

@@ -10,6 +10,7 @@ from modular_lm.config import TrainConfig, load_config
 from modular_lm.config.checks import (
     changes,
     global_batch_size,
+    largest_world,
     resolve,
     warnings_of,
     world_sizes,
@@ -151,3 +152,12 @@ def test_num_workers_is_a_number_or_a_range() -> None:
     for wrong in ("[0,4]", "[1,x]", "0", "many"):
         with pytest.raises(ConfigError, match=r"ray\.num_workers"):
             resolved(f"ray.num_workers={wrong}")
+
+
+def test_a_range_of_workers_is_taken_in_sizes_that_form_the_mesh() -> None:
+    plain = resolved("ray.num_workers=[2,6]")
+    assert [largest_world(plain, n) for n in (1, 2, 5, 9)] == [0, 2, 5, 6]
+    pairs = resolved("ray.num_workers=[2,6]", "distributed.tp_size=2")
+    assert [largest_world(pairs, n) for n in (1, 2, 5, 9)] == [0, 2, 4, 6]
+    with pytest.raises(ConfigError, match="cannot be made of 1 worker"):
+        resolved("ray.num_workers=[1,4]", "distributed.tp_size=2")

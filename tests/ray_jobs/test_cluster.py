@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modular_lm.config.schema import RayConfig
+from modular_lm.config.schema import RayConfig, TrainConfig
 from tests.support import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
@@ -31,11 +31,12 @@ def test_room_is_what_nodes_hold_whole_workers_of_beside_one_cpu(
     assert _cluster.room_for(one, False) == 5
 
     monkeypatch.setattr(_cluster, "_SETTLE_S", 0.0)
-    some = RayConfig(num_workers=[1, 8])
+    some, three = TrainConfig(ray=RayConfig(num_workers=[1, 8])), TrainConfig()
+    three.ray.num_workers = 3
     assert _cluster.wait_for_workers(some, False, lambda: None) == 2, "the rest is another's"
-    assert _cluster.wait_for_workers(RayConfig(num_workers=3), False, lambda: "stopped") is None
+    assert _cluster.wait_for_workers(three, False, lambda: "stopped") is None
     monkeypatch.setattr(_cluster, "_PATIENCE_S", 0.0)
     with pytest.raises(_cluster.RunFailedError, match=r"room for 5 .* 2 of it free"):
-        _cluster.wait_for_workers(RayConfig(num_workers=3), False, lambda: None)
+        _cluster.wait_for_workers(three, False, lambda: None)
     ray.util.remove_placement_group(held)
     wait_until(lambda: free() == 5, "the CPUs to be given back", 60)
