@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from modular_lm.parallel import init_world
-from modular_lm.tracking.run_folder import RunFolder
 from tests.eval.held_out import random_documents, write_held_out
 from tests.pool import Pool
 from tests.train import ranks_worker as worker
@@ -30,19 +29,17 @@ RUNS = {
 def run(folder: Path, name: str, keys: tuple[str, ...], begin: str | None = None) -> Any:
     """The lines of a run of a few steps, its state before and after them. On every rank.
 
-    begin: the name of the run from whose checkpoint it goes on
+    begin: the name of the run that it goes on with, from its first checkpoint
     """
     config = worker.tiny(*keys)
     world = init_world(config.distributed, use_gpu=False)
     lines, start = worker.Lines(), 0
     # Validation between steps meets weights that forward passes have left gathered.
     keys = (*keys, "checkpoint.eval.every=1")
-    trainer = worker.make_trainer(world, folder, "ragged", lines, *keys)
+    trainer = worker.make_trainer(world, folder, "ragged", lines, *keys, into=begin or name)
     if begin is not None:
         start = worker.RESUMED_AT
-        trainer.folder = RunFolder(folder / begin)
         trainer.resume(start)
-    trainer.folder = RunFolder(folder / name)
     loaded = worker.state_digests(trainer)
     trainer.run(worker.rows(world, trainer.global_batch_size, start), worker.STEPS)
     return {**lines.told, "loaded": loaded, "state": worker.state_digests(trainer)}
