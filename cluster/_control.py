@@ -16,7 +16,6 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import (
     Client,
     Connection,
-    Listener,
     answer_challenge,
     deliver_challenge,
 )
@@ -41,8 +40,8 @@ class Nodes:
         self._secret = secret
         self._received = received
         self._connections: dict[str, Connection] = {}
-        self._listener = Listener(("", 0), backlog=1024)
-        self.port = int(self._listener.address[1])
+        self._listener = socket.create_server(("", 0), backlog=1024)
+        self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def send(self, node: str, message: Message) -> None:
@@ -51,7 +50,10 @@ class Nodes:
             send(self._connections[node], message)
 
     def close(self) -> None:
-        """Hang up: nodes that still run end by themselves."""
+        """Hang up: nodes that still run, or are about to come, end by themselves."""
+        # Closing alone would leave it open, while a thread waits for connections.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for connection in list(self._connections.values()):
             # Closing alone would not, while a thread reads from it.
@@ -61,9 +63,10 @@ class Nodes:
     def _accept(self) -> None:
         while True:
             try:
-                connection = self._listener.accept()
+                accepted, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            connection = Connection(accepted.detach())
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:

@@ -44,6 +44,8 @@ def test_a_node_learns_that_the_allocation_is_gone() -> None:
     nodes.close()
     with pytest.raises((EOFError, OSError)):
         _control.receive(one)
+    with pytest.raises(ConnectionRefusedError):
+        _control.connect("127.0.0.1", nodes.port, SECRET)
 
 
 def test_a_stranger_is_not_heard() -> None:
