@@ -79,6 +79,12 @@ class NodeGroup:
         return f"{self.head.address}:{self.head.block['gcs']}"
 
     @property
+    def dashboard(self) -> str:
+        """The URL of Ray's dashboard, which answers questions about its state."""
+        assert self.head.block is not None
+        return f"http://{self.head.address}:{self.head.block['dashboard']}"
+
+    @property
     def up(self) -> list[Node]:
         return self._in("up")
 
@@ -191,7 +197,7 @@ class NodeGroup:
     def _start(self, nodes: list[Node], head: str | None) -> None:
         for node in nodes:
             node.state = "starting"
-            self._send(node, "start", head=head)
+            self._send(node, "start", head=head, dashboard=self.dashboard)
 
     # ------------------------------------------------------------------ events
 

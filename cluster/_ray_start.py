@@ -146,8 +146,8 @@ def raise_open_files() -> None:
 
 
 def is_up(node: RayNode) -> bool:
-    """Whether all parts answer that others of the cluster need."""
-    return all(_answers(node.address, port) for port in node.listens_on)
+    """Whether the cluster knows this node and all parts answer that others need."""
+    return is_started(node) and all(_answers(node.address, port) for port in node.listens_on)
 
 
 def trouble(node: RayNode, process: subprocess.Popen) -> str | None:
@@ -162,7 +162,7 @@ def trouble(node: RayNode, process: subprocess.Popen) -> str | None:
 
 
 def is_started(node: RayNode) -> bool:
-    """Whether `ray start` has said so."""
+    """Whether `ray start` has said so, which it does when the head knows the node."""
     with contextlib.suppress(OSError):
         return b"Ray runtime started" in node.output.read_bytes()
     return False

@@ -162,10 +162,14 @@ class _Job:
 
     def _start_driver(self) -> None:
         command = [sys.executable, "-m", self._plan.script, *self._plan.arguments]
+        ray = {
+            "RAY_ADDRESS": self._nodes.head_address,
+            "RAY_API_SERVER_ADDRESS": self._nodes.dashboard,
+        }
         driver = subprocess.Popen(
             command,
             cwd=self._plan.code,
-            env={**self._environment, "RAY_ADDRESS": self._nodes.head_address},
+            env={**self._environment, **ray},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=_ray_start.die_with_parent,

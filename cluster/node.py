@@ -5,8 +5,8 @@ that says over the wire. It decides one thing alone: when the wire is cut it end
 so that nothing outlives the job. Signals of SLURM mean the job, not this process: they are passed
 on, for that of a preemption is sent to the steps of a job only.
 
-Messages to a node: claim (first, size), start (head), stop (grace_s). From it: hello (node,
-address, host, word), claimed (taken), ready, lost (why), signal (number), stopped.
+Messages to a node: claim (first, size), start (head, dashboard), stop (grace_s). From it: hello
+(node, address, host, word), claimed (taken), ready, lost (why), signal (number), stopped.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class _Node:
             self._ray = _ray_start.RayNode(
                 self._name, self._address, self._block, self._folder, message["head"], self._mark
             )
-            self._process = _ray_start.start(self._ray, self._plan, dict(os.environ))
+            # Without it Ray would look for the one on this host, of which there may be several.
+            dashboard = {"RAY_API_SERVER_ADDRESS": message["dashboard"]}
+            self._process = _ray_start.start(self._ray, self._plan, {**os.environ, **dashboard})
 
     def _look(self) -> None:
         """Report that this node's Ray came up, or that it is gone."""
