@@ -21,7 +21,7 @@ _WITHOUT_END_S = 3600.0
 _TEARDOWN_SHARE, _TEARDOWN_S = 0.4, 30.0
 # Jobs whose progress is checkpoints in event logs.
 _SAVING = ("ray_jobs.train", "ray_jobs.sweep")
-_LOSS_PATIENCE_S, _HEAD_PATIENCE_S = 60.0, 10.0
+_LOSS_PATIENCE_S, _HEAD_PATIENCE_S = 30.0, 10.0
 
 
 @dataclass(frozen=True)

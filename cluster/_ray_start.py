@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,8 @@ _PR_SET_PDEATHSIG = 1
 _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 # Of Ray's own share of the memory, where SLURM says how much the job has.
 _OBJECT_STORE_SHARE = 0.3
+# What Ray's commands put before what they say.
+_RECORD = re.compile(r"^\S+ \S+ [A-Z]+ \S+ -- ")
 _libc = ctypes.CDLL(None)
 
 
@@ -93,7 +96,8 @@ class RayNode:
         shown = [f"--{name}={value}" for name, value in options.items()]
         head = ["--head", "--include-dashboard=true"] if self.head is None else []
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
-        return [*ray, "--block", "--disable-usage-stats", *head, *shown]
+        quiet = ["--disable-usage-stats", "--log-style=record", "--log-color=false"]
+        return [*ray, "--block", *quiet, *head, *shown]
 
     @property
     def listens_on(self) -> list[int]:
@@ -153,7 +157,9 @@ def is_up(node: RayNode) -> bool:
 def trouble(node: RayNode, process: subprocess.Popen) -> str | None:
     """Why this node's Ray is no more, None while it is there."""
     if process.poll() is not None:
-        return f"`ray start` ended ({how(process.returncode)}): {last_words(node.output)}"
+        return _ended_parts(node) or (
+            f"`ray start` ended ({how(process.returncode)}): {last_words(node.output)}"
+        )
     # `ray start --block` goes on without a raylet that ended with 0 or by SIGTERM.
     names = [p.name() for p in _children(process)]
     if names and "raylet" not in names and is_started(node):
@@ -213,8 +219,16 @@ def last_words(file: Path) -> str:
         lines = [" ".join(line.split()) for line in log.read().decode(errors="replace").split("\n")]
         said = [line for line in lines if any(c.isalnum() for c in line)]
         if said:
-            return said[-1][-300:]
+            return _RECORD.sub("", said[-1])[-300:]
     return "it said nothing"
+
+
+def _ended_parts(node: RayNode) -> str:
+    """The parts of Ray whose end made `ray start` end, if it says so."""
+    with contextlib.suppress(OSError):
+        found = re.findall(r"(\w+) \[exit code=(-?\d+)", node.output.read_text(errors="replace"))
+        return ", ".join(f"its {part} ended ({how(int(code))})" for part, code in found)
+    return ""
 
 
 def _children(process: subprocess.Popen) -> list[psutil.Process]:

@@ -107,11 +107,20 @@ def test_trouble_says_why(tmp_path: Path) -> None:
     assert _ray_start.trouble(started, gone) == (
         "`ray start` ended (exit code 7): Port 20001 is in use"
     )
+    # As Ray writes it when a raylet was killed.
+    started.output.write_text(
+        "2026-11-29 14:00:24,974 ERR scripts.py:1307 -- Some Ray subprocesses exited:\n"
+        "2026-11-29 14:00:24,974 ERR scripts.py:87 -- raylet [exit code=-9]\n"
+        "2026-11-29 14:00:24,975 ERR scripts.py:1315 -- Remaining processes will be killed.\n"
+    )
+    assert _ray_start.trouble(started, gone) == "its raylet ended (SIGKILL)"
+    assert _ray_start.last_words(started.output) == "Remaining processes will be killed."
     # `ray start` is there and has said that it started, but its raylet is not among its children.
     code = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
     blocked = subprocess.Popen([sys.executable, "-c", code])
     try:
         wait_until(lambda: psutil.Process(blocked.pid).children(), "a child", 20)
+        started.output.write_text("Local node IP: 127.0.0.2\n")
         assert _ray_start.trouble(started, blocked) is None
         started.output.write_text("Ray runtime started.\n")
         assert _ray_start.trouble(started, blocked) == "its raylet ended"
