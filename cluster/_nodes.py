@@ -30,6 +30,7 @@ from modular_lm.errors import RunFailedError
 log = logging.getLogger(__name__)
 
 _REPLY_S = 60.0
+_TRIES = 3
 # For what a node does after its Ray has ended: logs, its folder.
 _TIDYING_S = 5.0
 
@@ -132,20 +133,14 @@ class NodeGroup:
         """
         deadline = time.monotonic() + self._plan.start_timeout_s
 
-        def settled(*waiting: str) -> bool:
-            self._notice_ended_tasks()
-            return not self._in(*waiting)
-
-        self._wait(lambda: settled("absent"), deadline, pump)
+        self._wait(lambda: self._none("absent"), deadline, pump)
         self._check_enough("here")
         for node in self._in("here"):
             self._shared.check_answer(node.name, node.word)
         self._claim_ports(pump)
-        self._start([self.head], None)
-        self._wait(lambda: settled("starting"), deadline, pump)
+        self._start([self.head], None, deadline, pump)
         if self.head.state == "up":
-            self._start(self._in("claimed"), self.head_address)
-            self._wait(lambda: settled("starting"), deadline, pump)
+            self._start(self._in("claimed"), self.head_address, deadline, pump)
         self._check_enough("up")
 
     def _wait(
@@ -194,10 +189,30 @@ class NodeGroup:
             f"{', '.join(node.name for node in nodes if node.taken)}; use another range"
         )
 
-    def _start(self, nodes: list[Node], head: str | None) -> None:
-        for node in nodes:
-            node.state = "starting"
-            self._send(node, "start", head=head, dashboard=self.dashboard)
+    def _start(
+        self,
+        nodes: list[Node],
+        head: str | None,
+        deadline: float,
+        pump: Callable[[float], None],
+    ) -> None:
+        """Start Ray on these nodes; where it ends at once, as on a busy machine, again."""
+        for left in reversed(range(_TRIES)):
+            for node in nodes:
+                node.state = "starting"
+                self._send(node, "start", head=head, dashboard=self.dashboard)
+            self._wait(lambda: self._none("starting"), deadline, pump)
+            nodes = [node for node in nodes if node.state == "lost" and not node.gone]
+            if not nodes or time.monotonic() > deadline:
+                return
+            for node in nodes:
+                again = "; trying again" if left else ""
+                log.warning("Ray did not start on %s: %s%s", node.name, node.why, again)
+
+    def _none(self, state: str) -> bool:
+        """Whether no node is in this state any more."""
+        self._notice_ended_tasks()
+        return not self._in(state)
 
     # ------------------------------------------------------------------ events
 

@@ -122,7 +122,7 @@ def memory_of_job(environment: dict[str, str], plan: JobPlan) -> int | None:
 
 def start(node: RayNode, plan: JobPlan, environment: dict[str, str]) -> subprocess.Popen:
     """Start this node's Ray; does not wait. To be called from the main thread."""
-    with open(node.output, "ab") as output:
+    with open(node.output, "wb") as output:
         return subprocess.Popen(
             node.command(plan, memory_of_job(environment, plan)),
             env={**environment, MARK: node.mark},

@@ -126,6 +126,7 @@ class _Node:
             )
             # Without it Ray would look for the one on this host, of which there may be several.
             dashboard = {"RAY_API_SERVER_ADDRESS": message["dashboard"]}
+            self._is_up = False
             self._process = _ray_start.start(self._ray, self._plan, {**os.environ, **dashboard})
 
     def _look(self) -> None:
