@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import queue
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from cluster import _control
+from cluster._control import Nodes as Wire
 from cluster._nodes import NodeGroup
 from cluster._shared_files import SharedFiles
 from cluster.plan import JobPlan
+from cluster.ports import PortBlock
 from cluster.scheduler import Allocation
 from modular_lm.errors import RunFailedError
 
@@ -86,3 +95,45 @@ def test_enough_nodes_start_without_the_others_but_never_without_the_first(tmp_p
         come(nodes, name)
     nodes._check_enough("here")
     assert [node.state for node in nodes.nodes.values()] == ["here", "lost", "here", "lost"]
+
+
+@pytest.mark.timeout(60)
+def test_ray_that_ends_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    """Over a real wire, with nodes that answer as the script says."""
+    answers = {"n1": ["lost", "ready"], "n2": ["ready"], "n3": ["lost", "lost", "lost"]}
+    nodes = group(tmp_path, enough=2)
+    heard: queue.Queue = queue.Queue()
+    nodes._wire = Wire(b"key", lambda name, message: heard.put((name, message)))
+    nodes._srun = subprocess.Popen(["sleep", "60"])
+    come(nodes, "n0")
+    nodes.head.block = PortBlock(20000, 60)
+    for name, script in answers.items():
+        threading.Thread(target=answer, args=(nodes._wire.port, name, script), daemon=True).start()
+    pump = functools.partial(pump_from, nodes, heard)
+    try:
+        while len(nodes._in("here")) < 4:
+            pump(1)
+        started = [nodes.nodes[name] for name in answers]
+        nodes._start(started, "10.0.0.0:20001", time.monotonic() + 30, pump)
+    finally:
+        nodes._srun.kill()
+        nodes._srun.wait()
+        nodes._wire.close()
+    assert {node.name: node.state for node in started} == {"n1": "up", "n2": "up", "n3": "lost"}
+    assert nodes.nodes["n3"].why == "its raylet ended"
+
+
+def answer(port: int, name: str, script: list[str]) -> None:
+    connection = _control.connect("127.0.0.1", port, b"key")
+    hello = {"kind": "hello", "node": name, "address": "10.0.0.9", "host": name, "word": "w"}
+    _control.send(connection, hello)
+    for kind in script:
+        assert _control.receive(connection)["kind"] == "start"
+        _control.send(connection, {"kind": kind, "why": "its raylet ended"})
+    with contextlib.suppress(EOFError, OSError):
+        _control.receive(connection)
+
+
+def pump_from(nodes: NodeGroup, heard: queue.Queue, seconds: float) -> None:
+    with contextlib.suppress(queue.Empty):
+        nodes.on_message(*heard.get(timeout=seconds))
