@@ -22,6 +22,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from modular_lm.config.checks import largest_world, world_sizes
 from modular_lm.config.schema import RayConfig
 from modular_lm.errors import EXIT_BAD_INPUT, EXIT_FAILED, AgreedError
+from modular_lm.train.attempts import end_attempt, open_attempt
 from modular_lm.train.run import Run
 from modular_lm.train.watchdog import describe
 from ray_jobs._cluster import leaving, room_for, use_gpu, wait_for_workers
@@ -59,7 +60,7 @@ def run_attempts(run: Run) -> int | None:
         if not attempt.attend():
             return None
         ended = attempt.ended()
-        run.end_attempt(ended.outcome, ended.reason)
+        end_attempt(run.folder, ended.outcome, ended.reason)
         if ended.outcome in ("done", "stopped"):
             return ended.step
         budget.spend(ended, run)
@@ -92,7 +93,7 @@ class _Attempt:
         folder = self._run.folder
         while self._thread.is_alive():
             self._thread.join(_LOOK_EVERY_S)
-            self._event = self._event or self._run.open_attempt()
+            self._event = self._event or open_attempt(self._run.folder)
             if self._event is None:
                 if folder.stop_requested():
                     return False

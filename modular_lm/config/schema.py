@@ -253,10 +253,7 @@ class LoggingConfig:
 @dataclass
 class RayConfig:
     num_workers: int | list[int] = key(
-        1,
-        "training workers; [min,max]: as many as there is room for, more or fewer as nodes come "
-        "and go",
-        ge=1,
+        1, "training workers; [min,max]: as many as there is room for as nodes come and go", ge=1
     )
     cpus_per_worker: int = key(1, "CPUs per worker", ge=1)
     use_gpu: bool | None = key(None, "one GPU per worker; default: if the cluster has GPUs")

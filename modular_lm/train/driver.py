@@ -21,6 +21,7 @@ from modular_lm.tracking.console import ConsoleProgress
 from modular_lm.tracking.follower import Follower, Sink
 from modular_lm.tracking.mlflow_projection import MlflowProjection, tracking_uri
 from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.attempts import end_attempt
 from modular_lm.train.inventory import step_folder
 from modular_lm.train.run import Run
 from modular_lm.train.watchdog import describe
@@ -44,7 +45,7 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) ->
         print(where_things_are(run), flush=True)
         # The driver may have died before its last lines, or MLflow been away.
         run.record_checkpoints()
-        run.end_attempt("lost", "its driver was killed")
+        end_attempt(run.folder, "lost", "its driver was killed")
         if (folder.last_event("end") or {}).get("status") != "done":
             _end(run, "done", EXIT_DONE, None)
         _follow(folder, mirrors).stop()
@@ -131,7 +132,7 @@ def _follow(folder: RunFolder, sinks: list[Sink]) -> Follower:
 def end_hung(run: Run, world_size: int) -> None:
     """Record and say that the ranks stand still, where the driver is one of them."""
     why = describe(run.folder, world_size) or "no progress"
-    run.end_attempt("hung", why)
+    end_attempt(run.folder, "hung", why)
     _end(run, "failed", EXIT_FAILED, why)
     print(f"error: {why}", file=sys.stderr, flush=True)
 
@@ -139,7 +140,7 @@ def end_hung(run: Run, world_size: int) -> None:
 def _end(run: Run, status: str, code: int, why: str | None) -> None:
     # The disk may be what failed; the reason must still reach the user.
     with contextlib.suppress(OSError, UserFacingError):
-        run.end_attempt(status, why)
+        end_attempt(run.folder, status, why)
         run.folder.append_event(
             "end", status=status, step=run.done_steps, exit_code=code, reason=why
         )

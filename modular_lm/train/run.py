@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from modular_lm.storage import Place, check_writable, place
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
+from modular_lm.train.attempts import end_attempt
 from modular_lm.train.inventory import (
     checkpoints_of,
     complete_steps,
@@ -195,7 +195,7 @@ class Run:
         """Create the folder if need be and write what describes the run. Driver only."""
         self.folder.create()
         self.folder.clear_stop()
-        self.end_attempt("lost", "its driver was killed")
+        end_attempt(self.folder, "lost", "its driver was killed")
         write_text_atomic(self.folder.config, to_yaml(to_dict(self.config)))
         write_text_atomic(self.folder.base_config, to_yaml(given))
         snapshot_code(self.folder.code)
@@ -242,37 +242,6 @@ class Run:
         # Counted; the next attempt counts what this one does.
         self.folder.last_step.write(start)
         return start
-
-    def open_attempt(self) -> dict[str, Any] | None:
-        """The event of the attempt that has begun and not ended, if there is one."""
-        latest = self.folder.last_event("attempt")
-        ended = self.folder.last_event("attempt_end")
-        return None if latest and ended and ended["attempt"] == latest["attempt"] else latest
-
-    def end_attempt(self, outcome: str, reason: str | None) -> None:
-        """Record how the attempt that is under way ended; nothing if none is."""
-        began = self.open_attempt()
-        if began is None:
-            return
-        step = max(self.folder.last_step.read(), began["start_step"])
-        end = self._last_sign_of_life() if outcome == "lost" else datetime.now(UTC)
-        seconds = (end - datetime.fromisoformat(began["time"])).total_seconds()
-        self.folder.append_event(
-            "attempt_end",
-            attempt=began["attempt"],
-            outcome=outcome,
-            reason=reason,
-            step=step,
-            steps=step - began["start_step"],
-            seconds=round(max(0.0, seconds), 3),
-            world_size=began["world_size"],
-            hosts=began["hosts"],
-        )
-        self.folder.clear_stuck()
-
-    def _last_sign_of_life(self) -> datetime:
-        files = (self.folder.ray / "last_step", self.folder.metrics.path, self.folder.events_file)
-        return datetime.fromtimestamp(max(f.stat().st_mtime for f in files if f.exists()), UTC)
 
     def record_checkpoints(self) -> None:
         """Add the events of checkpoints whose writer was killed before it could report them."""

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _TIMES_SLOWEST_STEP = 10
 # A phase that is no step (loading and the first step, validation, saving) may take longer by this.
 _PATIENCE_WITH_PHASES = 6
+_GRACE_S = 2
 _OURS = ("modular_lm", "ray_jobs")
 
 
@@ -98,10 +99,12 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             _leave_word(self._folder.stuck_file(self._rank), report)
             # The others' watchdogs see the same, a little earlier or later.
-            if self._closed.wait(2 + limit / 20) or self._since != since:
-                log.warning("it goes on")
-                self._folder.stuck_file(self._rank).unlink()
-                return
+            until = time.monotonic() + _GRACE_S + limit / 20
+            while time.monotonic() < until:
+                if self._closed.wait(0.1) or self._since != since:
+                    log.warning("it goes on")
+                    self._folder.stuck_file(self._rank).unlink()
+                    return
             if self._hung is not None:
                 self._hung()
         except Exception:

@@ -193,6 +193,6 @@ def test_ranks_of_torchrun_that_stand_still_say_where_and_end(
     (message,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert re.search(r"no progress for \d+ s \(start, before the first step\)", message)
     assert re.search(r"rank 0 in _acquire \(files\.py:\d+\)", message)
-    assert re.search(r"rank 1 in \w+ \(.*\), from \w+ \(parallel\.py:\d+\)", message)
+    assert re.search(r"rank 1 in \w+ \(.*\), from \w+ \(\w+\.py:\d+\)", message)
     assert outcomes(folder) == ["hung"]
     assert folder.last_event("end")["status"] == "failed"  # type: ignore[index]

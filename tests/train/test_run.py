@@ -12,6 +12,7 @@ import pytest
 
 from modular_lm.config import TrainConfig, load_config
 from modular_lm.errors import ConfigError, DataError
+from modular_lm.train.attempts import end_attempt
 from modular_lm.train.inventory import COMPLETE, step_folder
 from modular_lm.train.run import Run, open_run, resolve_config
 from modular_lm.train.saving import portable_config
@@ -94,14 +95,14 @@ def test_every_attempt_gets_one_end(config: TrainConfig) -> None:
     run = opened(config)
     attempt(run)
     run.folder.last_step.write(7)
-    run.end_attempt("failed", "a worker died")
-    run.end_attempt("failed", "said twice")
+    end_attempt(run.folder, "failed", "a worker died")
+    end_attempt(run.folder, "failed", "said twice")
     save(run, 10)
     run.begin_attempt(["here", "there"])
     run.folder.last_step.write(15)
     run.folder.stuck_file(0).parent.mkdir()
     run.folder.stuck_file(0).write_text("{}")
-    run.end_attempt("done", None)
+    end_attempt(run.folder, "done", None)
     assert not run.folder.stuck()
     ends = [event for event in run.folder.events() if event["event"] == "attempt_end"]
     shown = ("attempt", "outcome", "reason", "step", "steps", "world_size", "hosts")

@@ -13,6 +13,7 @@ import pytest
 
 from modular_lm.files import lock
 from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train import watchdog as module
 from modular_lm.train.watchdog import Watchdog, describe
 from tests.support import wait_until
 
@@ -56,13 +57,17 @@ def test_a_process_that_stands_still_leaves_word_and_ends(folder: RunFolder) -> 
     assert "after step 3" in message
 
 
-def test_what_goes_on_is_let_live_and_its_word_taken_back(folder: RunFolder) -> None:
-    watchdog = Watchdog(folder, 0, 0.1, lambda: pytest.fail("bitten"))
+def test_what_goes_on_is_let_live_and_its_word_taken_back(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GRACE_S", 1000)
+    watchdog = Watchdog(folder, 0, 0.1)
     watchdog.beat(1)
     wait_until(folder.stuck, "a report", 60)
-    watchdog.beat(2)
-    wait_until(lambda: not folder.stuck(), "the report to be taken back", 60)
+    wait_until(lambda: watchdog.beat(2) or not folder.stuck(), "its end", 60)
+    wait_until(folder.stuck, "another report", 60)
     watchdog.close()
+    wait_until(lambda: not folder.stuck(), "its end", 60)
     assert describe(folder, 1) is None
 
 
