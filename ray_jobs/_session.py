@@ -97,8 +97,27 @@ def _join() -> None:
     if port.isdigit() and "/" not in host:
         # Ray itself would try for minutes.
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    variables = _passed()
+        variables = {**_passed(), **_dashboard_of(address)}
+    else:
+        variables = _passed()
     ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": variables})
+
+
+def _dashboard_of(address: str) -> dict[str, str]:
+    """What tells workers where the dashboard of the Ray at `address` is.
+
+    Ray Train asks it who is alive; by itself it would look for the one Ray on its machine.
+    """
+    from ray._private.ray_constants import DASHBOARD_ADDRESS, KV_NAMESPACE_DASHBOARD
+    from ray._raylet import GcsClient
+    from ray.exceptions import RayError
+
+    key, namespace = DASHBOARD_ADDRESS.encode(), KV_NAMESPACE_DASHBOARD
+    try:
+        found = GcsClient(address=address).internal_kv_get(key, namespace=namespace)
+    except (RuntimeError, RayError):
+        return {}  # ray.init, which is next, says what is wrong
+    return {_DASHBOARD: f"http://{found.decode()}"} if found else {}
 
 
 def _passed() -> dict[str, str]:

@@ -125,6 +125,7 @@ def copied_up_to(step: int, source: RunFolder, path: Path) -> RunFolder:
     for newer in complete_steps(copy.checkpoints):
         if newer > step:
             shutil.rmtree(step_folder(copy.checkpoints, newer))
+    copy.last_step.write(step)
     return copy
 
 

@@ -183,7 +183,10 @@ def _is_rolling(checkpoints: Place, step: int, config: CheckpointConfig) -> bool
     """Whether a complete checkpoint was saved only against the loss of work."""
     if _is_due(step, config.eval.every) or _is_due(step, config.dump.every):
         return False
-    return bool(read_complete(step_folder(checkpoints, step)).get("rolling"))
+    try:
+        return bool(read_complete(step_folder(checkpoints, step)).get("rolling"))
+    except CheckpointError:
+        return False  # damaged; whether to delete it is the user's decision
 
 
 def sweep(checkpoints: Place) -> None:

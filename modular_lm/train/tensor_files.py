@@ -85,7 +85,11 @@ class _Files(FileSystemBase):
                 yield stream
                 return
             hashed = _Hashed(stream)
-            yield hashed
+            try:
+                yield hashed
+            except Exception as error:
+                # PyTorch's writer of archives says only that bytes are missing.
+                raise hashed.error or error from error
             self.written[path.name] = hashed.entry()
 
     def concat_path(self, path: Any, suffix: str) -> Any:
@@ -113,9 +117,13 @@ class _Files(FileSystemBase):
 
 
 class _Hashed:
-    """A stream that is written from beginning to end, and hashed meanwhile."""
+    """A stream that is written from beginning to end, and hashed meanwhile.
+
+    error: why it could not be written.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
+        self.error: OSError | None = None
         self._stream = stream
         self._digest = hashlib.sha256()
         self._bytes = 0
@@ -123,7 +131,11 @@ class _Hashed:
     def write(self, data: Any) -> int:
         self._digest.update(data)
         self._bytes += len(data)
-        self._stream.write(data)
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         return len(data)
 
     def tell(self) -> int:
