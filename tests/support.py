@@ -114,7 +114,8 @@ def assert_unharmed(folder: RunFolder, uninterrupted: RunFolder) -> None:
     assert saved >= {*complete_steps(folder.checkpoints)}
     assert attempts[0]["start_step"] == attempts[0]["steps_again"] == 0
     for attempt in attempts:
-        assert 0 <= attempt["steps_again"] <= CHECKPOINT_EVERY
+        # Training goes on while a checkpoint is written, at most until the next one is due.
+        assert 0 <= attempt["steps_again"] <= 2 * CHECKPOINT_EVERY
         assert attempt["start_step"] in {0, *saved}
 
 
