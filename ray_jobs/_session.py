@@ -109,7 +109,7 @@ def _dashboard_of(address: str) -> dict[str, str]:
     Ray Train asks it who is alive; by itself it would look for the one Ray on its machine.
     """
     from ray._private.ray_constants import DASHBOARD_ADDRESS, KV_NAMESPACE_DASHBOARD
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
     from ray.exceptions import RayError
 
     key, namespace = DASHBOARD_ADDRESS.encode(), KV_NAMESPACE_DASHBOARD
