@@ -16,8 +16,8 @@
                               its cost (`budget.Cost`), null where it cannot run
     given                     the configuration, as a training job is given it
     status                    pending | running | done | stopped | failed
-    why                       of stopped and failed: the reason, in words
-    attempts                  how often it was started
+    why                       of stopped and failed, and of one that was interrupted: the reason
+    attempts                  how often it was started, failures: how often it failed
 
 It is written by the sweep's driver only, as a whole, so that readers find the old or the new one.
 """
@@ -45,7 +45,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 
 # What makes two trials of a name the same one, and keys that say only where and how they run.
 _IDENTITY = ("arm", "seed", "values", "keys", "steps", "given")
-_STATE = ("status", "why", "attempts")
+_STATE = ("status", "why", "attempts", "failures")
 _ANYWHERE = ("dump_dir", "ray", "logging", "checkpoint")
 
 
@@ -90,7 +90,7 @@ class SweepFolder:
         write_text_atomic(self.definition, to_yaml(resolved(plan, config)))
         for record in records:
             old = known[record["name"]] or record
-            self.write({**record, **{key: old[key] for key in ("status", "why", "attempts")}})
+            self.write({**record, **{key: old[key] for key in _STATE}})
 
     def add(self, plan: Plan, trial: Trial) -> None:
         """Write the `trial.json` of a trial that came up during the sweep."""
@@ -98,12 +98,15 @@ class SweepFolder:
             self.write(describe(plan, trial))
 
     def update(self, trial: str, status: Status, why: str | None = None) -> None:
-        """Record how a trial stands. `running` counts as one more attempt."""
+        """Record how a trial stands: `running` counts an attempt, `failed` a failure."""
         record = self.read(trial)
         if record is None:
             raise ValueError(f"{self.trial_file(trial)}: no such trial")
-        attempts = record["attempts"] + (status == "running")
-        self.write({**record, "status": status, "why": why, "attempts": attempts})
+        counts = {
+            "attempts": record["attempts"] + (status == "running"),
+            "failures": record["failures"] + (status == "failed"),
+        }
+        self.write({**record, "status": status, "why": why, **counts})
 
     def read(self, trial: str) -> dict[str, Any] | None:
         """The `trial.json` of a trial, None without one. Raises DataError for an unreadable one."""
@@ -114,7 +117,7 @@ class SweepFolder:
             return None
         except ValueError as error:
             raise DataError(f"{file}: expected JSON: {error}; remove the trial's folder") from error
-        missing = [key for key in (*_IDENTITY, "name", "status", "why") if key not in record]
+        missing = [key for key in (*_IDENTITY, *_STATE, "name") if key not in record]
         if missing or record["status"] not in STATUSES:
             raise DataError(f"{file}: expected a trial's state, and {missing or 'status'} is not")
         return record
@@ -174,6 +177,7 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
         "status": "failed" if arm.why else "pending",
         "why": arm.why,
         "attempts": 0,
+        "failures": 0,
     }
 
 

@@ -117,6 +117,12 @@ def _final(
     return nll, last.get(f"validation/{source}/bpb"), None
 
 
+def validation_loss(line: Mapping[str, Any]) -> float | None:
+    """The loss that trials are compared by in a line of `metrics.eval.jsonl`, None without one."""
+    values = metric_values(line)
+    return values.get(f"validation/{_source({0: values})}/nll")
+
+
 def _by_step(lines: Any) -> dict[int, dict[str, float]]:
     """The numbers of each step; of two lines for a step the later holds."""
     found = {line["global_step"]: metric_values(line) for line in lines if "global_step" in line}

@@ -105,6 +105,8 @@ class Plan:
         own = {"name": name, "dump_dir": str(self.folder / "trials" / name), "seed": seed}
         if arm.steps is not None:
             own["steps"] = arm.steps
+        if place := (given.get("checkpoint") or {}).get("path"):
+            own["checkpoint.path"] = f"{place.rstrip('/')}/{name}"
         for key, value in {**arm.keys, **own}.items():
             set_key(given, key, copy.deepcopy(value))
         return Trial(name, arm, seed, given)

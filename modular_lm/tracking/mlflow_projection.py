@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,14 +70,21 @@ def tracking_uri(config_value: str | None, dump_dir: str | Path) -> str:
 class MlflowProjection:
     """The sink (see `follower.Sink`) that mirrors `folder` in MLflow.
 
-    `uri` as in `tracking_uri`. Nothing is contacted before the first flush. Raises ConfigError if
-    MLflow is not installed or cannot use the address.
+    `uri` as in `tracking_uri`; `tags` beside those that follow from the files. Nothing is contacted
+    before the first flush. Raises ConfigError if MLflow is not installed or cannot use the address.
     """
 
     name = "MLflow"
     interval = 5.0
 
-    def __init__(self, folder: RunFolder, uri: str | None, experiment: str, run_name: str) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         if importlib.util.find_spec("mlflow") is None:
             raise ConfigError(
                 "logging.mlflow.enabled=true: the package mlflow is not installed; "
@@ -87,6 +94,7 @@ class MlflowProjection:
         self._folder = folder
         self._experiment = experiment
         self._run_name = run_name
+        self._tags = dict(tags or {})
         self._created: dict[str, Any] | None = None
         # The run in the folder began at this time, where another began there before it.
         self._not_older_than = ""
@@ -117,6 +125,7 @@ class MlflowProjection:
         try:
             if self._run is None:
                 self._run = self._find_run()
+                self._run.set_tags(self._tags)
             self._run.log_training(self._training)
             self._run.log_evaluation(self._evaluation)
             _describe(self._run, self._events, self._folder)

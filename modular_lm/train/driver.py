@@ -10,7 +10,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -31,18 +31,25 @@ log = logging.getLogger(__name__)
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) -> int:
+def drive(
+    run: Run,
+    given: dict[str, Any],
+    execute: Callable[[], int | None],
+    sinks: Sequence[Sink] | None = None,
+) -> int:
     """Run `execute` with everything around it; returns the exit code.
 
     given: the config as the user gave it; execute: trains and returns the step at which training
-    ended, None if it was stopped before it began. Raises ConfigError if another process trains
-    this run.
+    ended, None if it was stopped before it began; sinks: for a run that is a part of something
+    larger, who follows it instead of the terminal and MLflow: then signals are left to others, too.
+    Raises ConfigError if another process trains this run.
     """
-    folder = run.folder
-    mirrors = _mirrors(run)
+    folder, alone = run.folder, sinks is None
+    mirrors = _mirrors(run) if sinks is None else sinks
+    say = print if alone else log.info
     if run.is_complete:
-        print(f"{run.config.name} is complete: step {run.done_steps} of {run.stop_step}")
-        print(where_things_are(run), flush=True)
+        say(f"{run.config.name} is complete: step {run.done_steps} of {run.stop_step}")
+        say(where_things_are(run))
         # The driver may have died before its last lines, or MLflow been away.
         run.record_checkpoints()
         end_attempt(run.folder, "lost", "its driver was killed")
@@ -53,9 +60,10 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) ->
     run.check_storage()
     with _only_one(folder):
         run.begin(given)
-        follower = _follow(folder, [ConsoleProgress(run.stop_step), *mirrors])
+        console = [ConsoleProgress(run.stop_step)] if alone else []
+        follower = _follow(folder, [*console, *mirrors])
         try:
-            with stop_on_signals(folder):
+            with stop_on_signals(folder) if alone else contextlib.nullcontext():
                 step = execute()
         except (KeyboardInterrupt, SystemExit):
             # A second Ctrl-C, or SIGTERM while Ray was starting and had its own handler in place.
@@ -74,8 +82,8 @@ def drive(run: Run, given: dict[str, Any], execute: Callable[[], int | None]) ->
         folder.clear_stop()
         follower.stop()
     if not complete:
-        print(f"stopped at step {run.done_steps} ({stopped}); the same command continues")
-    print(where_things_are(run))
+        say(f"stopped at step {run.done_steps} ({stopped}); the same command continues")
+    say(where_things_are(run))
     return code
 
 
@@ -123,7 +131,7 @@ def _mirrors(run: Run) -> list[Sink]:
     return [MlflowProjection(run.folder, c.tracking_uri, c.experiment, run.config.name)]
 
 
-def _follow(folder: RunFolder, sinks: list[Sink]) -> Follower:
+def _follow(folder: RunFolder, sinks: Sequence[Sink]) -> Follower:
     follower = Follower(folder, sinks)
     follower.start()
     return follower

@@ -1,0 +1,67 @@
+"""The MLflow run of a sweep: the parent of its trials' runs, with the report at the end.
+
+As with runs (`mlflow_projection`) MLflow only mirrors what the folder holds: without it the sweep
+goes on, and the next command catches up.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from modular_lm.files import write_text_atomic
+from modular_lm.tracking.follower import one_line
+from modular_lm.tracking.mlflow_projection import tracking_uri
+from modular_lm.tracking.mlflow_run import MlflowRun, find_or_create, milliseconds
+
+log = logging.getLogger(__name__)
+
+PARENT_TAG = "mlflow.parentRunId"
+
+
+class MlflowSweep:
+    """The parent run of the sweep in `path`. `uri` as in `tracking_uri`, which may raise."""
+
+    def __init__(self, path: Path, uri: str | None, experiment: str, name: str) -> None:
+        self.tracking_uri = tracking_uri(uri, path)
+        self.experiment = experiment
+        self._path, self._name = path, name
+
+    def begin(self, params: Mapping[str, Any]) -> str | None:
+        """Find or create the run; its id, None while MLflow is away."""
+        try:
+            run = self._run()
+            run.log_params(params)
+            run.set_tags({"dump_dir": str(self._path), "status": "running"})
+            run.client.update_run(run.run_id, status="RUNNING")
+            return run.run_id
+        except Exception as error:
+            log.warning("MLflow: no run for the sweep itself: %s", one_line(error))
+            return None
+
+    def finish(self, status: str, tags: Mapping[str, str], files: Iterable[Path]) -> None:
+        """Say how the sweep stands, and replace its report. status: as MLflow calls it."""
+        try:
+            run = self._run()
+            run.set_tags({**tags, "status": status.lower()})
+            for file in files:
+                place = str(file.parent.relative_to(self._path))
+                run.client.log_artifact(run.run_id, str(file), None if place == "." else place)
+            now = milliseconds(datetime.now(UTC).isoformat())
+            run.client.set_terminated(run.run_id, status, now)
+        except Exception as error:
+            log.warning("MLflow: the sweep's run lacks its end: %s", one_line(error))
+
+    def _run(self) -> MlflowRun:
+        file = self._path / "ray" / "mlflow_uid"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(file, f"{datetime.now(UTC).isoformat()} {uuid.uuid4().hex}\n")
+        began, uid = file.read_text(encoding="utf-8").split()
+        return find_or_create(
+            self.tracking_uri, self.experiment, uid, self._name, milliseconds(began)
+        )

@@ -1,0 +1,273 @@
+"""Ray Tune over the trials of a sweep: so many at a time, stopped early where a rule says so.
+
+What is done and what failed is recorded in the trials' own files (`modular_lm.sweep.folder`), so
+nothing that Tune remembers is needed to continue: each round is a new experiment of Tune over what
+is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+from ray.tune.schedulers import TrialScheduler as Scheduler
+
+from modular_lm.config.schema import RayConfig
+from modular_lm.config.sweep import SweepSettings
+from modular_lm.errors import EXIT_BAD_INPUT, RunFailedError, reason
+from modular_lm.sweep.folder import SweepFolder
+from ray_jobs._trial import Job, result_of, train_trial
+
+log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial that is stopped early, or fails, may have no loss.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+_REDUCTION = 2
+_ENOUGH_FOR_A_MEDIAN = 3
+
+
+def run_round(
+    folder: SweepFolder,
+    settings: SweepSettings,
+    jobs: Mapping[str, Job],
+    at_once: int,
+    attend: Callable[[Recorder], None],
+) -> Recorder:
+    """Run these trials until each has ended, or a stop of the sweep has ended them.
+
+    attend: called about twice a second meanwhile. Returns what was recorded. Raises RunFailedError
+    if Tune itself fails.
+    """
+    os.environ.update(_ENVIRONMENT | {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)})
+    recorder = Recorder(folder, len(jobs))
+    rule = stop_rule(settings, folder, jobs)
+    storage = folder.path / "ray" / "tune"
+    shutil.rmtree(storage, ignore_errors=True)
+    # On the driver's node, for all that writes a run's event log must run on one host; and of a
+    # resource that it takes from nobody.
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    tuner = tune.Tuner(
+        tune.with_resources(_trainable(jobs), tune.PlacementGroupFactory([here])),
+        tune_config=tune.TuneConfig(
+            search_alg=InOrder(list(jobs), next(iter(jobs.values())).sweep.stop_requested),
+            num_samples=len(jobs),
+            max_concurrent_trials=at_once,
+            scheduler=rule,
+        ),
+        run_config=tune.RunConfig(
+            name="round", storage_path=str(storage), callbacks=[recorder], verbose=0
+        ),
+    )
+    failure: list[BaseException] = []
+    thread = threading.Thread(target=_fit, args=(tuner, failure), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        attend(recorder)
+    if failure:
+        raise RunFailedError(f"Ray Tune failed: {reason(failure[0])}") from failure[0]
+    shutil.rmtree(storage, ignore_errors=True)
+    return recorder
+
+
+def _fit(tuner: tune.Tuner, failure: list[BaseException]) -> None:
+    # Off the main thread Tune leaves the signal handlers to us.
+    try:
+        tuner.fit()
+    except BaseException as error:
+        failure.append(error)
+
+
+def _trainable(jobs: Mapping[str, Job]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    handed = dict(jobs)
+
+    def trial(config: dict[str, Any]) -> dict[str, Any]:
+        return train_trial(handed[config["trial"]])
+
+    return trial
+
+
+class InOrder(tune.search.Searcher):
+    """Suggests the trials one after the other, and no more once the sweep is to stop."""
+
+    def __init__(self, names: list[str], stopped: Callable[[], str | None]) -> None:
+        super().__init__()
+        self._names, self._stopped = names, stopped
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The configuration of the next trial."""
+        if not self._names or self._stopped():
+            return self.FINISHED
+        return {"trial": self._names.pop(0)}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        """The order does not depend on results."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing is needed: the trials' own files say what is left."""
+
+
+class Recorder(tune.Callback):
+    """Writes how each trial stands, as Tune sees it start and end."""
+
+    def __init__(self, folder: SweepFolder, total: int) -> None:
+        self._folder, self._total = folder, total
+        self.running: set[str] = set()
+        self.ended: list[str] = []
+        # Those that failed for a reason that another attempt would meet, too.
+        self.hopeless: set[str] = set()
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Called by Tune's loop, as all of these."""
+        name = trial.config["trial"]
+        self._folder.update(name, "running")
+        self.running.add(name)
+        log.info("%s: started (%d at a time)", name, len(self.running))
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The trial's function has returned, whatever it says."""
+        name, result = trial.config["trial"], trial.last_result
+        outcome, why = result.get("outcome", "failed"), result.get("why")
+        stopped = self._folder.path / "ray" / "stop"
+        if outcome == "stopped" and stopped.exists() and not str(why).startswith("sweep."):
+            self._end(name, "pending", f"interrupted ({why}); the same command continues")
+            return
+        if result.get("exit_code") == EXIT_BAD_INPUT:
+            self.hopeless.add(name)
+        self._end(name, outcome, None if outcome == "done" else why)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The trial's process has died."""
+        error = trial.get_error()
+        self._end(trial.config["trial"], "failed", f"its process ended: {_last_line(error)}")
+
+    def _end(self, name: str, status: Any, why: str | None) -> None:
+        self._folder.update(name, status, why)
+        self.running.discard(name)
+        self.ended.append(name)
+        because = f" ({why})" if why else ""
+        log.info("%s: %s%s; %d of %d", name, status, because, len(self.ended), self._total)
+
+
+def _last_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------ early stopping
+
+
+class _Asks:
+    """A rule of Tune whose decision to stop becomes a request to the run, which saves and ends.
+
+    Tune itself would kill the trial's process, and leave its workers to be found by others.
+    """
+
+    asked: set[str]
+    rule: str
+    folder: SweepFolder
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        """The rule's decision, once."""
+        name = trial.config["trial"]
+        if name in self.asked:
+            return Scheduler.CONTINUE
+        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
+        if decision == Scheduler.STOP:
+            self.asked.add(name)
+            why = f"sweep.scheduler={self.rule}: loss {result['loss']:.4f} at step {result['step']}"
+            with contextlib.suppress(OSError):
+                self.folder.run(name).request_stop(why)
+        return Scheduler.CONTINUE
+
+
+class Asha(_Asks, AsyncHyperBandScheduler):
+    """Asynchronous successive halving."""
+
+
+class Median(_Asks, MedianStoppingRule):
+    """Worse than the median of the others so far."""
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """A trial that an earlier command ran, as far as the rules look at one."""
+
+    trial_id: str
+
+    @property
+    def config(self) -> dict[str, str]:
+        return {"trial": self.trial_id}
+
+
+def stop_rule(
+    settings: SweepSettings, folder: SweepFolder, jobs: Mapping[str, Job]
+) -> FIFOScheduler:
+    """Tune's scheduler, which knows the curves of the trials that are there already."""
+    if settings.scheduler == "none":
+        return FIFOScheduler()
+    axis = settings.time_axis
+    most = max(job.run.stop_step * job.per_step[axis] for job in jobs.values())
+    grace = settings.grace * most
+    common = {"time_attr": axis, "metric": "loss", "mode": "min", "grace_period": grace}
+    if settings.scheduler == "asha":
+        rule = Asha(max_t=most, reduction_factor=_REDUCTION, stop_last_trials=False, **common)
+    else:
+        # Never pauses a trial, which would lose what it has not saved.
+        rule = Median(min_samples_required=_ENOUGH_FOR_A_MEDIAN, min_time_slice=most + 1, **common)
+    rule.asked, rule.rule, rule.folder = set(), settings.scheduler, folder
+    _recall(rule, folder, jobs)
+    return rule
+
+
+def _recall(rule: Any, folder: SweepFolder, jobs: Mapping[str, Job]) -> None:
+    for record in folder.trials():
+        if record["name"] in jobs or record["status"] not in ("done", "stopped"):
+            continue
+        trial = _Earlier(record["name"])
+        # Its end was decided before.
+        rule.asked.add(trial.trial_id)
+        tokens = record["tokens_per_step"]
+        per_step = {"tokens": tokens, "flops": tokens * record["flops_per_token"]}
+        lines = folder.run(trial.trial_id).eval_metrics
+        rule.on_trial_add(_NoController(), trial)
+        for line in lines:
+            if (point := result_of(line, per_step)) is not None:
+                super(_Asks, rule).on_trial_result(_NoController(), trial, point)
+
+
+class _NoController:
+    """Where a rule looks for other trials that wait; none do for one of an earlier command."""
+
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+# ------------------------------------------------------------------ room
+
+
+def trials_at_once(ray_config: RayConfig, workers: int, on_gpu: bool) -> int:
+    """How many trials of so many workers the cluster has room for, beside a CPU for the data.
+
+    At least one: it waits until there is room for it.
+    """
+    needs = {"CPU": ray_config.cpus_per_worker, **({"GPU": 1} if on_gpu else {})}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = sum(min(int(node.get(what, 0) // n) for what, n in needs.items()) for node in nodes)
+    spare = int(sum(node.get("CPU", 0) for node in nodes)) - 1
+    return max(1, min(fit, spare // ray_config.cpus_per_worker) // workers)

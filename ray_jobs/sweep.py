@@ -1,0 +1,244 @@
+"""Compare variants of a training run: train each with each seed, as many at a time as there is room
+for, and write a report.
+
+Every trial is a run as `ray_jobs.train` makes it, in its own folder below the sweep's. The same
+command continues a sweep that was interrupted: what is done stays, what ran goes on from its
+checkpoints, what failed is tried again as often as sweep.retries says. Exit code 1 if any trial
+failed; the report says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from modular_lm.cli import run_job
+from modular_lm.config import SweepConfig, TrainConfig
+from modular_lm.config.checks import flatten
+from modular_lm.config.load import from_dict
+from modular_lm.config.sweep import sweep_warnings
+from modular_lm.data.dataset import check_sources
+from modular_lm.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    UserFacingError,
+    reason,
+)
+from modular_lm.files import Locked, lock
+from modular_lm.sweep.dry_run import describe
+from modular_lm.sweep.folder import SweepFolder
+from modular_lm.sweep.trials import Plan, Trial, plan_sweep
+from modular_lm.tracking.mlflow_sweep import PARENT_TAG, MlflowSweep
+from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.driver import stop_on_signals
+from modular_lm.train.run import open_run, resolve_config
+
+if TYPE_CHECKING:
+    from ray_jobs._trial import Job, Mirror
+
+log = logging.getLogger(__name__)
+
+USAGE = "python -m ray_jobs.sweep config=configs/ablation_debug.yaml key=value ..."
+_MLFLOW_STATUS = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED", EXIT_STOPPED: "KILLED"}
+
+
+def main(config: SweepConfig, given: dict[str, Any]) -> int:
+    """The job: check everything, then run what is left of the sweep; returns the exit code."""
+    plan = plan_sweep(config, given)
+    _check_first(plan)
+    if config.dry_run:
+        print(describe(plan))
+        return EXIT_DONE
+    for warning in sweep_warnings(config.sweep):
+        log.warning(warning)
+    sweep = Sweep(plan, config)
+    with _only_one(sweep.folder):
+        sweep.folder.begin(plan, config)
+        sweep.requests.clear_stop()
+        if sweep.due():
+            _run(sweep)
+        return sweep.finish()
+
+
+class Sweep:
+    """A sweep at work: its plan, its folder, and what follows it."""
+
+    def __init__(self, plan: Plan, config: SweepConfig) -> None:
+        self.plan, self.name = plan, config.name
+        self.folder = SweepFolder(plan.folder)
+        # Its stop request lies where a run's would.
+        self.requests = RunFolder(plan.folder)
+        self._reported = 0
+        self._hopeless: set[str] = set()
+        m = from_dict(TrainConfig, plan.base).logging.mlflow
+        self._mlflow = (
+            MlflowSweep(plan.folder, m.tracking_uri, m.experiment, config.name)
+            if m.enabled
+            else None
+        )
+        self._parent: str | None = None
+
+    def due(self) -> list[Trial]:
+        """The trials that are to run now or once more."""
+        return [trial for trial in self.plan.trials if self._is_due(trial)]
+
+    def _is_due(self, trial: Trial) -> bool:
+        record = self.folder.read(trial.name)
+        if record is None or trial.arm.config is None or trial.name in self._hopeless:
+            return False
+        if record["status"] == "failed":
+            return record["failures"] <= self.plan.settings.retries
+        return record["status"] in ("pending", "running")
+
+    def begin(self) -> None:
+        """Make the sweep known to MLflow."""
+        if self._mlflow is not None:
+            settings = {k: v for k, v in flatten(vars(self.plan.settings)).items() if v is not None}
+            self._parent = self._mlflow.begin({f"sweep.{k}": v for k, v in settings.items()})
+
+    def jobs(self) -> dict[str, Job]:
+        """What to hand to Tune for the trials that are due; those that cannot begin have failed."""
+        from ray_jobs._trial import Job
+
+        found = {}
+        for trial in self.due():
+            try:
+                resolved, tokenizer = resolve_config(from_dict(TrainConfig, trial.given))
+                run = open_run(resolved, tokenizer, resolved.ray.num_workers)
+            except UserFacingError as error:
+                self._hopeless.add(trial.name)
+                self.folder.update(trial.name, "failed", str(error))
+                continue
+            cost = trial.arm.cost
+            assert cost is not None
+            per_step = {"tokens": float(cost.tokens_per_step), "flops": cost.flops_per_step}
+            found[trial.name] = Job(run, trial.given, per_step, self.requests, self._mirror(trial))
+        return found
+
+    def _mirror(self, trial: Trial) -> Mirror | None:
+        from ray_jobs._trial import Mirror
+
+        if self._mlflow is None:
+            return None
+        tags = {f"sweep.{key}": str(value) for key, value in trial.arm.values.items()}
+        tags |= {"sweep": self.name, "sweep.arm": trial.arm.name, "sweep.seed": str(trial.seed)}
+        if self._parent is not None:
+            tags[PARENT_TAG] = self._parent
+        return Mirror(self._mlflow.tracking_uri, self._mlflow.experiment, tags)
+
+    def attend(self, ended: list[str], running: set[str]) -> None:
+        """Pass a stop on to the trials that run; report anew when one has ended."""
+        if asked := self.requests.stop_requested():
+            for name in sorted(running):
+                run = self.folder.run(name)
+                if run.stop_requested() is None:
+                    run.request_stop(asked)
+        elif len(ended) > self._reported:
+            self._reported = len(ended)
+            self._report()
+
+    def settle(self, names: list[str], hopeless: set[str]) -> None:
+        """After a round: no trial of it is left without an end."""
+        self._hopeless |= hopeless
+        self._reported = 0
+        if self.requests.stop_requested():
+            return
+        for name in names:
+            record = self.folder.read(name)
+            if record and record["status"] in ("pending", "running"):
+                self.folder.update(name, "failed", "Ray Tune ended without a result of it")
+
+    def finish(self) -> int:
+        """Write the report, say where it is and what failed; returns the exit code."""
+        records = [self.folder.read(trial.name) for trial in self.plan.trials]
+        status = {record["name"]: record["status"] for record in records if record}
+        failed = [name for name, each in status.items() if each == "failed"]
+        asked = self.requests.stop_requested()
+        code = EXIT_FAILED if failed else EXIT_DONE
+        if asked and self.due():
+            code = EXIT_STOPPED
+        summary = self._report()
+        if self._mlflow is not None:
+            pictures = sorted(self.folder.pictures.glob("*.svg"))
+            files = [self.folder.report(kind) for kind in ("html", "md", "json")]
+            files = [file for file in (*files, *pictures) if file.exists()]
+            self._mlflow.finish(_MLFLOW_STATUS[code], {"trials.failed": str(len(failed))}, files)
+        if summary:
+            print(summary)
+        for name in failed:
+            record = self.folder.read(name)
+            print(f"  failed: {name}: {record and record['why']}")
+        if code == EXIT_STOPPED:
+            print(f"stopped ({asked}); the same command continues")
+        print(f"  report       {self.folder.report('html')}")
+        self.requests.clear_stop()
+        return code
+
+    def _report(self) -> str | None:
+        from modular_lm.sweep.report import write_report
+        from modular_lm.sweep.tables import headline
+
+        try:
+            return headline(write_report(self.folder))
+        except UserFacingError as error:
+            log.warning("no report: %s", reason(error))
+            return None
+
+
+def _run(sweep: Sweep) -> None:
+    """Round by round, until nothing is due or a stop is asked for."""
+    from ray_jobs._session import SPARE_CPUS, ray_session
+
+    settings = sweep.plan.settings
+    configs = [trial.arm.config for trial in sweep.due() if trial.arm.config]
+    workers = max(c.ray.num_workers for c in configs)
+    largest = max(configs, key=lambda c: c.ray.num_workers * c.ray.cpus_per_worker).ray
+    cpus = workers * largest.cpus_per_worker
+    # Of a Ray that is started here: as many as this machine has cores for.
+    here = min(settings.max_concurrent or max(1, (os.cpu_count() or 1) // cpus), len(configs))
+    with stop_on_signals(sweep.requests), ray_session(num_cpus=here * cpus + SPARE_CPUS):
+        from ray_jobs._cluster import use_gpu
+        from ray_jobs._tune import run_round, trials_at_once
+
+        sweep.begin()
+        while not sweep.requests.stop_requested() and (jobs := sweep.jobs()):
+            room = trials_at_once(largest, workers, use_gpu(largest))
+            at_once = min(room, settings.max_concurrent or room, len(jobs))
+            log.info("%d trials, %d at a time", len(jobs), at_once)
+            recorder = run_round(
+                sweep.folder,
+                settings,
+                jobs,
+                at_once,
+                lambda r: sweep.attend(r.ended, r.running),
+            )
+            sweep.settle(list(jobs), recorder.hopeless)
+
+
+def _check_first(plan: Plan) -> None:
+    """Raise for what would fail every trial, before anything is written."""
+    baseline = next(arm for arm in plan.arms if arm.name == plan.baseline)
+    given = plan.trial(baseline, plan.settings.seeds[0]).given
+    resolved, tokenizer = resolve_config(from_dict(TrainConfig, given))
+    check_sources(resolved.data, tokenizer)
+
+
+@contextlib.contextmanager
+def _only_one(folder: SweepFolder) -> Iterator[None]:
+    try:
+        with lock(folder.path / "ray" / "sweep.lock", blocking=False):
+            yield
+    except Locked as error:
+        raise ConfigError(
+            f"dump_dir={folder.path}: this sweep is being run by {error.holder}; wait for it, stop "
+            "it, or use another dump_dir"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_job(SweepConfig, main, what=__doc__ or "", usage=USAGE)
