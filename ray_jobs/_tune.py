@@ -20,6 +20,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.schedulers import TrialScheduler as Scheduler
+from ray.tune.search import Searcher
 
 from modular_lm.config.schema import RayConfig
 from modular_lm.config.sweep import SweepSettings
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # else it prints tables, whatever `verbose` says
     # A trial that is stopped early, or fails, may have no loss.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
@@ -100,7 +102,7 @@ def _trainable(jobs: Mapping[str, Job]) -> Callable[[dict[str, Any]], dict[str, 
     return trial
 
 
-class InOrder(tune.search.Searcher):
+class InOrder(Searcher):
     """Suggests the trials one after the other, and no more once the sweep is to stop."""
 
     def __init__(self, names: list[str], stopped: Callable[[], str | None]) -> None:
@@ -195,6 +197,10 @@ class _Asks:
                 self.folder.run(name).request_stop(why)
         return Scheduler.CONTINUE
 
+    def recall(self, trial: _Earlier, result: dict) -> None:
+        """Let the rule know a result whose consequences are past."""
+        super().on_trial_result(_NoController(), trial, result)  # type: ignore[misc]
+
 
 class Asha(_Asks, AsyncHyperBandScheduler):
     """Asynchronous successive halving."""
@@ -222,7 +228,7 @@ def stop_rule(
     if settings.scheduler == "none":
         return FIFOScheduler()
     axis = settings.time_axis
-    most = max(job.run.stop_step * job.per_step[axis] for job in jobs.values())
+    most = round(max(job.run.stop_step * job.per_step[axis] for job in jobs.values()))
     grace = settings.grace * most
     common = {"time_attr": axis, "metric": "loss", "mode": "min", "grace_period": grace}
     if settings.scheduler == "asha":
@@ -248,7 +254,7 @@ def _recall(rule: Any, folder: SweepFolder, jobs: Mapping[str, Job]) -> None:
         rule.on_trial_add(_NoController(), trial)
         for line in lines:
             if (point := result_of(line, per_step)) is not None:
-                super(_Asks, rule).on_trial_result(_NoController(), trial, point)
+                rule.recall(trial, point)
 
 
 class _NoController:

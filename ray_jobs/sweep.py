@@ -208,7 +208,9 @@ def _run(sweep: Sweep) -> None:
         sweep.begin()
         while not sweep.requests.stop_requested() and (jobs := sweep.jobs()):
             room = trials_at_once(largest, workers, use_gpu(largest))
-            at_once = min(room, settings.max_concurrent or room, len(jobs))
+            cap = settings.max_concurrent or room
+            # Logical CPUs of a Ray of our own are more than this machine has.
+            at_once = min(room, cap if os.environ.get("RAY_ADDRESS") else here, len(jobs))
             log.info("%d trials, %d at a time", len(jobs), at_once)
             recorder = run_round(
                 sweep.folder,

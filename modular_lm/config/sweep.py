@@ -16,10 +16,10 @@ from modular_lm.config.load import from_dict, leaf_keys, set_key
 from modular_lm.config.schema import TrainConfig
 from modular_lm.errors import ConfigError
 
-Budget = Literal["tokens", "flops", "wall", "steps"]
+Budget = Literal["tokens", "flops", "steps"]
 StopRule = Literal["none", "asha", "median"]
 TimeAxis = Literal["tokens", "flops"]
-Searcher = Literal["grid", "random", "optuna"]
+Searcher = Literal["grid", "random"]
 
 DISTRIBUTIONS = ("uniform", "loguniform", "choice")
 # What the sweep itself decides for each trial.
@@ -80,15 +80,14 @@ class SweepSettings:
     )
     amount: float | None = key(
         None,
-        "what a trial may spend: tokens, FLOPs, seconds of training, or steps; default: what "
-        "`steps` cost the baseline",
+        "what a trial may spend: tokens, FLOPs or steps; default: what `steps` cost the baseline",
         gt=0,
     )
     iso_parameters: bool = key(
         False, "set each feed-forward's width so that all variants have the baseline's parameters"
     )
     searcher: Searcher = key(
-        "grid", "where drawn values come from: random, optuna; grid: nothing is drawn"
+        "grid", "random: values may be drawn from ranges; grid: nothing is drawn"
     )
     num_samples: int = key(8, "draws of the values that are drawn", ge=1)
     search_seed: int = key(0, "seed of the draws", ge=0)
@@ -174,8 +173,6 @@ def check_sweep(sweep: SweepSettings) -> None:
         )
     if sweep.amount is not None and not math.isfinite(sweep.amount):
         raise ConfigError(f"sweep.amount={sweep.amount}: expected a finite number")
-    if sweep.budget == "wall" and sweep.amount is None:
-        raise ConfigError("sweep.amount=null: with sweep.budget=wall, say how many seconds")
     if sweep.budget == "steps" and sweep.amount is not None and not sweep.amount.is_integer():
         raise ConfigError(f"sweep.amount={sweep.amount}: expected a whole number of steps")
 
@@ -193,8 +190,6 @@ def sweep_warnings(sweep: SweepSettings) -> list[str]:
             "statistics, and modes that learn to read late look worse than they are; use none for "
             "results that are to be published"
         )
-    if sweep.budget == "wall":
-        found.append("sweep.budget=wall: who else uses the machine decides what a trial learns")
     return found
 
 

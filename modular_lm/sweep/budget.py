@@ -55,17 +55,13 @@ def cost_of(config: TrainConfig) -> Cost:
     )
 
 
-def unit_per_step(budget: Budget, cost: Cost, seconds_per_step: float | None = None) -> float:
-    """How much of the budget one step spends. seconds_per_step: as measured, for `wall`."""
+def unit_per_step(budget: Budget, cost: Cost) -> float:
+    """How much of the budget one step spends."""
     if budget == "tokens":
         return cost.tokens_per_step
     if budget == "flops":
         return cost.flops_per_step
-    if budget == "steps":
-        return 1
-    if seconds_per_step is None:
-        raise ValueError("a budget of seconds needs a measured speed")
-    return seconds_per_step
+    return 1
 
 
 def steps_within(amount: float, per_step: float) -> int:

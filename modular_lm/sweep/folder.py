@@ -92,11 +92,6 @@ class SweepFolder:
             old = known[record["name"]] or record
             self.write({**record, **{key: old[key] for key in _STATE}})
 
-    def add(self, plan: Plan, trial: Trial) -> None:
-        """Write the `trial.json` of a trial that came up during the sweep."""
-        if self.read(trial.name) is None:
-            self.write(describe(plan, trial))
-
     def update(self, trial: str, status: Status, why: str | None = None) -> None:
         """Record how a trial stands: `running` counts an attempt, `failed` a failure."""
         record = self.read(trial)
@@ -164,7 +159,7 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
     return {
         "name": trial.name,
         "arm": arm.name,
-        "order": names.index(arm.name) if arm.name in names else len(names),
+        "order": names.index(arm.name),
         "seed": trial.seed,
         "values": arm.values,
         "keys": arm.keys,

@@ -2,9 +2,7 @@
 
 A variant ("arm") is one choice of values for the swept keys. Grids are crossed; what is drawn is
 drawn once for each of `num_samples`, from a generator per key, so that every point of the grid gets
-the same draws, and another key more or less changes none. With `searcher=optuna` the draws come
-from the results of earlier trials, so the variants are not known beforehand: then `spaces` says
-what may be suggested, and `variant` names it.
+the same draws, and another key more or less changes none.
 """
 
 from __future__ import annotations
@@ -39,14 +37,14 @@ def variants_of(sweep: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
 
     base: the values of a training run that the variants share, nested. Raises ConfigError.
     """
-    swept = spaces(sweep)
+    swept = _in_order(swept_keys(sweep))
     defaults = flatten(to_dict(from_dict(TrainConfig, dict(base))))
     drawn = any(each.kind != "grid" for each in swept.values())
     found: dict[str, Variant] = {}
     for arm, fixed in (named_arms(sweep) or {"": {}}).items():
         for number in range(sweep.num_samples if drawn else 1):
             for values in _combinations(swept, {**defaults, **fixed}, sweep.search_seed, number):
-                each = variant(arm, fixed, values, list(swept))
+                each = _variant(arm, fixed, values, list(swept))
                 if each.values == found.get(each.name, each).values:
                     found[each.name] = each
                 else:  # two texts that make the same name
@@ -54,7 +52,7 @@ def variants_of(sweep: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
     return [Variant(name, each.values) for name, each in found.items()]
 
 
-def variant(
+def _variant(
     arm: str, fixed: Mapping[str, Any], values: Mapping[str, Any], swept: list[str]
 ) -> Variant:
     """The variant of a named arm (or none, "") with its `fixed` values and those of `params`.
@@ -78,12 +76,7 @@ def _with_digest(name: str, text: str) -> str:
     return f"{name[: _LONGEST_NAME - 9]}-{digest}"
 
 
-def spaces(sweep: SweepSettings) -> dict[str, SweptConfig]:
-    """The swept keys, each after those that its `when` asks for. Raises ConfigError."""
-    return _in_order(swept_keys(sweep))
-
-
-def acts(swept: SweptConfig, current: Mapping[str, Any]) -> bool:
+def _acts(swept: SweptConfig, current: Mapping[str, Any]) -> bool:
     """Whether the `when` of a key holds. current: full key -> value."""
     return all(current.get(key) in values for key, values in swept.when.items())
 
@@ -113,7 +106,7 @@ def _combinations(
         return
     (key, first), *others = swept.items()
     rest = dict(others)
-    if not acts(first, current):
+    if not _acts(first, current):
         yield from _combinations(rest, current, seed, number)
         return
     values = first.values if first.kind == "grid" else [_draw(key, first, seed, number)]

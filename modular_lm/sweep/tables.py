@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEVEL = 0.05
-_UNITS = {"tokens": "tokens", "flops": "FLOPs", "wall": "seconds of training", "steps": "steps"}
+_UNITS = {"tokens": "tokens", "flops": "FLOPs", "steps": "steps"}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from modular_lm.config.sweep import (
     SweepSettings,
     check_sweep,
     closest,
-    named_arms,
 )
 from modular_lm.errors import ConfigError
 from modular_lm.sweep.budget import (
@@ -53,7 +52,7 @@ class Arm:
 
     keys: all that distinguishes its runs from the base's, `values` and what iso_parameters adds
     config: resolved, with the base's seed and steps; None where it cannot run: `why` says so
-    steps: None while the speed that a budget of seconds needs is not measured, or without config
+    steps: None without config
     """
 
     name: str
@@ -82,8 +81,7 @@ class Trial:
 class Plan:
     """A sweep before it starts. amount: what each trial may spend, in units of the budget.
 
-    base: the values that the trials share, nested; arms are in the definition's order. With
-    searcher=optuna there are only the arms that have names, the others come as they are suggested.
+    base: the values that the trials share, nested; arms are in the definition's order.
     """
 
     settings: SweepSettings
@@ -112,12 +110,10 @@ class Plan:
         return Trial(name, arm, seed, given)
 
 
-def plan_sweep(
-    config: SweepConfig, given: Mapping[str, Any], seconds: Mapping[str, float] | None = None
-) -> Plan:
+def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
     """Expand and check a sweep; writes nothing. Raises ConfigError.
 
-    given: as `load_config` returns it. seconds: per step, by arm, as measured, for budget=wall.
+    given: as `load_config` returns it.
     """
     settings = config.sweep
     check_sweep(settings)
@@ -126,7 +122,7 @@ def plan_sweep(
         raise ConfigError(
             "eval.validation.max_docs=0: trials are compared by their validation loss; use more"
         )
-    variants = _known_variants(settings, base)
+    variants = variants_of(settings, base)
     baseline = _baseline(settings, variants)
     arms = _distinct([_arm(base, each) for each in variants], settings, baseline)
     first = next(arm for arm in arms if arm.name == baseline)
@@ -135,7 +131,7 @@ def plan_sweep(
     if settings.iso_parameters:
         arms = [_matched(base, arm, first) for arm in arms]
     amount = settings.amount or _default_amount(settings, base, first.cost)
-    arms = [_with_steps(arm, settings, amount, seconds) for arm in arms]
+    arms = [_with_steps(arm, settings, amount) for arm in arms]
     if settings.budget in ("tokens", "flops"):
         spent = {
             arm.name: arm.steps * unit_per_step(settings.budget, arm.cost)
@@ -145,15 +141,6 @@ def plan_sweep(
         check_spread(spent, settings.budget)
     folder = Path(dump_dir_of(config)).expanduser().absolute()
     return Plan(settings, folder, base, baseline, amount, arms)
-
-
-def suggested_arm(plan: Plan, each: Variant) -> Arm:
-    """The arm of a variant that a searcher suggests during the sweep."""
-    arm = _arm(plan.base, each)
-    if plan.settings.iso_parameters:
-        first = next(a for a in plan.arms if a.name == plan.baseline)
-        arm = _matched(plan.base, arm, first)
-    return _with_steps(arm, plan.settings, plan.amount, None)
 
 
 def base_values(config: SweepConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,18 +155,6 @@ def base_values(config: SweepConfig, given: Mapping[str, Any]) -> dict[str, Any]
     for key in ("name", "dump_dir", "dry_run", "stop_at"):
         values.pop(key, None)
     return values
-
-
-def _known_variants(settings: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
-    if settings.searcher != "optuna":
-        return variants_of(settings, base)
-    arms = named_arms(settings)
-    if not arms:
-        raise ConfigError(
-            "sweep.arms={}: with sweep.searcher=optuna name a baseline to compare with, e.g. "
-            "sweep.arms.base={}"
-        )
-    return [Variant(name, values) for name, values in arms.items()]
 
 
 def _baseline(settings: SweepSettings, variants: list[Variant]) -> str:
@@ -218,16 +193,10 @@ def _matched(base: Mapping[str, Any], arm: Arm, baseline: Arm) -> Arm:
         return replace(arm, config=None, why=str(error))
 
 
-def _with_steps(
-    arm: Arm, settings: SweepSettings, amount: float, seconds: Mapping[str, float] | None
-) -> Arm:
+def _with_steps(arm: Arm, settings: SweepSettings, amount: float) -> Arm:
     if arm.cost is None:
         return arm
-    measured = (seconds or {}).get(arm.name)
-    if settings.budget == "wall" and measured is None:
-        return arm
-    per_step = unit_per_step(settings.budget, arm.cost, measured)
-    return replace(arm, steps=steps_within(amount, per_step))
+    return replace(arm, steps=steps_within(amount, unit_per_step(settings.budget, arm.cost)))
 
 
 def _default_amount(settings: SweepSettings, base: Mapping[str, Any], cost: Cost) -> float:

@@ -11,8 +11,7 @@ from modular_lm.config import SweepConfig, TrainConfig, load_config
 from modular_lm.config.load import from_dict
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.sweep.folder import SweepFolder
-from modular_lm.sweep.space import Variant
-from modular_lm.sweep.trials import plan_sweep, suggested_arm
+from modular_lm.sweep.trials import plan_sweep
 from tests.sweep.made_sweep import DEBUG, begun, planned
 
 ARMS = "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}}"
@@ -91,25 +90,6 @@ def test_the_written_definition_needs_nothing_else(tmp_path: Path) -> None:
     for mine, other in zip(plan.trials, again.trials, strict=True):
         assert from_dict(TrainConfig, mine.given) == from_dict(TrainConfig, other.given)
     assert from_dict(TrainConfig, again.trials[0].given).model.dim == 128  # of the base
-
-
-def test_steps_may_be_filled_in_when_the_speed_is_known(tmp_path: Path) -> None:
-    wall = (ARMS, "sweep.budget=wall", "sweep.amount=60", "sweep.seeds=[0]")
-    folder, _ = begun(tmp_path / "s", *wall)
-    assert [trial["steps"] for trial in folder.trials()] == [None, None]
-    config, given, _ = planned(folder.path, *wall)
-    folder.begin(plan_sweep(config, given, {"dense": 0.5, "avg": 0.25}), config)
-    assert [trial["steps"] for trial in folder.trials()] == [120, 240]
-
-
-def test_a_trial_that_comes_up_during_the_sweep_is_listed_last(tmp_path: Path) -> None:
-    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0]")
-    arm = suggested_arm(plan, Variant("avg__lr-0.1", {"optim.lr": 0.1}))
-    folder.add(plan, plan.trial(arm, 0))
-    folder.update("avg__lr-0.1__seed-0", "running")
-    folder.add(plan, plan.trial(arm, 0))
-    assert [t["name"] for t in folder.trials()][-1] == "avg__lr-0.1__seed-0"
-    assert folder.trials()[-1]["status"] == "running"
 
 
 def test_what_cannot_run_is_failed_from_the_beginning(tmp_path: Path) -> None:

@@ -160,7 +160,6 @@ def test_mistakes_name_their_key(params: dict, keys: dict[str, Any], expected: s
         ({}, "nothing varies"),
         ({"seeds": []}, "sweep.seeds=[]"),
         ({"seeds": [1, 1]}, "sweep.seeds=[1, 1]"),
-        ({"budget": "wall"}, "how many seconds"),
         ({"budget": "steps", "amount": 1.5}, "sweep.amount=1.5"),
         ({"amount": float("inf")}, "sweep.amount=inf"),
     ],
@@ -176,4 +175,3 @@ def test_what_a_reviewer_would_object_to_is_warned_of() -> None:
     assert sweep_warnings(SweepSettings()) == []
     assert "no p-values" in sweep_warnings(SweepSettings(seeds=[0, 1]))[0]
     assert "stopped early" in sweep_warnings(SweepSettings(scheduler="asha"))[0]
-    assert "wall" in sweep_warnings(SweepSettings(budget="wall", amount=10))[0]

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from modular_lm.cli import run_job
-from modular_lm.config import TrainConfig, load_config
+from modular_lm.config import SweepConfig, TrainConfig, load_config
 from modular_lm.config.checks import resolve, world_sizes
 from modular_lm.config.schema import PrepareConfig, TokenizerConfig
 from modular_lm.data.prepare import prepare_sources
@@ -20,13 +20,16 @@ from modular_lm.model.columns import freeze
 from modular_lm.model.flops import flops_per_token
 from modular_lm.model.lm import LanguageModel
 from modular_lm.optim import build_optimizers
+from modular_lm.sweep.trials import plan_sweep
 from modular_lm.train.dry_run import Memory, describe, memory_estimate
-from ray_jobs import train
+from ray_jobs import sweep, train
 from tests.support import REPO
 
-CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
-# As the comment at its top says, this one needs prepared data and a tokenizer.
-NEEDS_DATA = {"mini.yaml"}
+SWEEPS, RUNS = [], []
+for _file in sorted((REPO / "configs").glob("*.yaml")):
+    (SWEEPS if "sweep" in yaml.safe_load(_file.read_text()) else RUNS).append(_file)
+# As the comment at their top says, these need prepared data and a tokenizer.
+NEEDS_DATA = {"mini.yaml", "ablation.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def check_dry_run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert state in rows["memory per worker"]
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.name)
 def test_every_config_passes_and_says_what_it_costs_and_writes_nothing(
     file: Path,
     empty: Path,
@@ -106,6 +109,29 @@ def test_every_config_passes_and_says_what_it_costs_and_writes_nothing(
 ) -> None:
     extra = request.getfixturevalue("data") if file.name in NEEDS_DATA else []
     check_dry_run([f"config={file}", *extra], capsys)
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.name)
+def test_every_sweep_passes_and_lists_its_trials_and_writes_nothing(
+    file: Path,
+    empty: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    extra = request.getfixturevalue("data") if file.name in NEEDS_DATA else []
+    arguments = [f"config={file}", *extra]
+    with pytest.raises(SystemExit) as caught:
+        run_job(SweepConfig, sweep.main, what="", usage="", args=[*arguments, "dry_run=true"])
+    assert caught.value.code == 0
+    plan = plan_sweep(*load_config(SweepConfig, arguments))
+    output = capsys.readouterr().out
+    assert number(figures(output)["trials"]) == len(plan.trials)
+    for arm in plan.arms:
+        assert arm.cost is not None, arm.why
+        assert re.search(
+            rf"^{re.escape(arm.name)} +{arm.steps:,} .* {arm.cost.parameters:,} ", output, re.M
+        )
     assert list(empty.iterdir()) == []
 
 
