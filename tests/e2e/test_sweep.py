@@ -1,4 +1,4 @@
-"""`python -m ray_jobs.sweep` on a real Ray: complete, interrupted, with trials that fail or stop."""
+"""`python -m ray_jobs.sweep` on a real Ray: complete, interrupted, with bad trials."""
 
 from __future__ import annotations
 
