@@ -34,7 +34,7 @@ def rule_and_trials(
     jobs: Any = {
         n: SimpleNamespace(run=SimpleNamespace(stop_step=100), per_step=per_step) for n in names
     }
-    rule = stop_rule(SweepSettings(scheduler=kind, grace=0.5), folder, jobs)
+    rule: Any = stop_rule(SweepSettings(scheduler=kind, grace=0.5), folder, jobs)
     trials = {name: FakeTrial(name) for name in names}
     for trial in trials.values():
         rule.on_trial_add(None, trial)
