@@ -22,7 +22,6 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.schedulers import TrialScheduler as Scheduler
 from ray.tune.search import Searcher
 
-from modular_lm.config.schema import RayConfig
 from modular_lm.config.sweep import SweepSettings
 from modular_lm.errors import EXIT_BAD_INPUT, RunFailedError, reason
 from modular_lm.sweep.folder import SweepFolder
@@ -262,18 +261,3 @@ class _NoController:
 
     def get_live_trials(self) -> list[Any]:
         return []
-
-
-# ------------------------------------------------------------------ room
-
-
-def trials_at_once(ray_config: RayConfig, workers: int, on_gpu: bool) -> int:
-    """How many trials of so many workers the cluster has room for, beside a CPU for the data.
-
-    At least one: it waits until there is room for it.
-    """
-    needs = {"CPU": ray_config.cpus_per_worker, **({"GPU": 1} if on_gpu else {})}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = sum(min(int(node.get(what, 0) // n) for what, n in needs.items()) for node in nodes)
-    spare = int(sum(node.get("CPU", 0) for node in nodes)) - 1
-    return max(1, min(fit, spare // ray_config.cpus_per_worker) // workers)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from modular_lm.cli import run_job
 from modular_lm.config import SweepConfig, TrainConfig
-from modular_lm.config.checks import flatten
+from modular_lm.config.checks import flatten, world_sizes
 from modular_lm.config.load import from_dict
+from modular_lm.config.schema import RayConfig
 from modular_lm.config.sweep import sweep_warnings
 from modular_lm.data.dataset import check_sources
 from modular_lm.errors import (
@@ -109,7 +110,7 @@ class Sweep:
         for trial in self.due():
             try:
                 resolved, tokenizer = resolve_config(from_dict(TrainConfig, trial.given))
-                run = open_run(resolved, tokenizer, resolved.ray.num_workers)
+                run = open_run(resolved, tokenizer, world_sizes(resolved.ray)[1])
             except UserFacingError as error:
                 self._hopeless.add(trial.name)
                 self.folder.update(trial.name, "failed", str(error))
@@ -196,18 +197,18 @@ def _run(sweep: Sweep) -> None:
 
     settings = sweep.plan.settings
     configs = [trial.arm.config for trial in sweep.due() if trial.arm.config]
-    workers = max(c.ray.num_workers for c in configs)
-    largest = max(configs, key=lambda c: c.ray.num_workers * c.ray.cpus_per_worker).ray
-    cpus = workers * largest.cpus_per_worker
+    largest = max((c.ray for c in configs), key=cpus_of)
+    cpus = cpus_of(largest)
     # Of a Ray that is started here: as many as this machine has cores for.
     here = min(settings.max_concurrent or max(1, (os.cpu_count() or 1) // cpus), len(configs))
     with stop_on_signals(sweep.requests), ray_session(num_cpus=here * cpus + SPARE_CPUS):
-        from ray_jobs._cluster import use_gpu
-        from ray_jobs._tune import run_round, trials_at_once
+        from ray_jobs._cluster import room_for, use_gpu
+        from ray_jobs._tune import run_round
 
         sweep.begin()
         while not sweep.requests.stop_requested() and (jobs := sweep.jobs()):
-            room = trials_at_once(largest, workers, use_gpu(largest))
+            # One at least: it waits until there is room for it.
+            room = max(1, room_for(largest, use_gpu(largest)) // world_sizes(largest)[1])
             cap = settings.max_concurrent or room
             # Logical CPUs of a Ray of our own are more than this machine has.
             at_once = min(room, cap if os.environ.get("RAY_ADDRESS") else here, len(jobs))
@@ -220,6 +221,11 @@ def _run(sweep: Sweep) -> None:
                 lambda r: sweep.attend(r.ended, r.running),
             )
             sweep.settle(list(jobs), recorder.hopeless)
+
+
+def cpus_of(config: RayConfig) -> int:
+    """CPUs of the workers of a run, at its largest."""
+    return world_sizes(config)[1] * config.cpus_per_worker
 
 
 def _check_first(plan: Plan) -> None:
