@@ -171,7 +171,7 @@ def test_mistakes_exit_2_with_nothing_created(plain_jobs: Jobs, tmp_path: Path) 
         "sweep.baseline=dens": "did you mean dense?",
         "sweep.budget=token": "did you mean tokens?",
         "sweep.params={modle.dim: {grid: [1]}}": "modle",
-        "data.root_dir=nowhere": "nowhere",
+        "data.sources={wiki: 1}": "data.root_dir",
     }.items():
         output = plain_jobs.run("ray_jobs.sweep", SMALL[0], where, argument, code=2)
         assert named in output
