@@ -87,9 +87,11 @@ class _Files(FileSystemBase):
             hashed = _Hashed(stream)
             try:
                 yield hashed
-            except Exception as error:
+            except Exception:
+                if hashed.error is None:
+                    raise
                 # PyTorch's writer of archives says only that bytes are missing.
-                raise hashed.error or error from error
+                raise hashed.error from None
             self.written[path.name] = hashed.entry()
 
     def concat_path(self, path: Any, suffix: str) -> Any:
