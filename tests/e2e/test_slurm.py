@@ -1,7 +1,8 @@
-"""Training inside jobs of a real SLURM: both nodes, a signal, a requeue, nothing left."""
+"""Training inside jobs of a real SLURM: both nodes, signals, requeues, lost nodes, nothing left."""
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
-from cluster.slurm import launch_job
+from cluster import _ray_start
+from cluster.slurm import launch_job, launch_jobs
 from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import complete_steps
 from tests.slurm import Slurm
-from tests.support import REPO, TINY, assert_unharmed, train_workers, wait_until
+from tests.support import REPO, TINY, assert_unharmed, losses, train_workers, wait_until
 from tests.tracking.mlflow_store import runs
 
 CONFIG = REPO / "configs" / "debug.yaml"
@@ -49,13 +53,22 @@ class Jobs:
         self.submitted.append(job)
         return job
 
+    def submit_array(self, *names: str) -> list[str]:
+        """Train in these folders, one after the other; returns the ids of the tasks."""
+        base = yaml.safe_load(CONFIG.read_text())
+        configs = [{**base, "dump_dir": str(self.folder(name).path)} for name in names]
+        jobs = launch_jobs(configs, ARGUMENTS, array_limit=1, **self.options)
+        found = [job for job in jobs if job is not None]
+        self.submitted += found
+        return found
+
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.root / name)
 
-    def finish(self, job: str, name: str) -> None:
-        """Wait until a job has ended; fail with its output unless it completed."""
+    def finish(self, job: str, name: str, state: str = "COMPLETED") -> None:
+        """Wait until a job has ended, and fail with its output unless so."""
         ended = self.slurm.wait(job, *ENDED)
-        assert ended == "COMPLETED", self.output(name)
+        assert ended == state, self.output(name)
 
     def output(self, name: str) -> str:
         """The ends of what a job and its nodes printed."""
@@ -73,6 +86,12 @@ class Jobs:
         """Wait until a run has logged this step."""
         folder = self.folder(name)
         wait_until(lambda: any(m["global_step"] >= step for m in folder.metrics), f"step {step}")
+
+    def raylet(self, job: str, node: str) -> psutil.Process:
+        """The raylet of one node of a job's first start."""
+        (folder,) = self.temp_root.glob(f"mlm{job}-{node}-*")
+        (found,) = [p for p in _ray_start.marked(str(folder)) if p.name() == "raylet"]
+        return found
 
 
 @pytest.fixture
@@ -129,3 +148,111 @@ def test_two_jobs_share_both_hosts_and_one_is_interrupted_and_requeued(training:
             saved = list(training.folder(name).logs.glob(f"ray/{node}/*"))
             assert len(saved) == starts
             assert all((folder / "raylet.out").stat().st_size > 0 for folder in saved)
+
+
+@pytest.mark.chaos
+def test_a_node_that_is_lost_ends_the_attempt_and_the_job_is_requeued(training: Jobs) -> None:
+    """All nodes are needed: what is left of the job goes back into the queue by itself."""
+    job = training.submit("lost")
+    training.reach("lost", 12)
+    training.raylet(job, "n1").send_signal(signal.SIGKILL)
+    training.finish(job, "lost")
+    folder = training.folder("lost")
+    assert complete_steps(folder.checkpoints)[-1] == 40
+    assert list(losses(folder)) == list(range(1, 41))
+    assert len(attempts(folder)) >= 2
+    assert "node n1 is lost" in training.output("lost")
+    assert training.slurm.restarts(job) == 1
+
+
+@pytest.mark.chaos
+def test_a_job_that_is_stopped_before_it_begins_is_not_requeued_for_ever(training: Jobs) -> None:
+    slurm = training.slurm
+    job = training.submit("never")
+    logs = training.folder("never").logs / "ray"
+    for start in (0, 1):
+        wait_until((logs / f"{job}-{start}.log").exists, f"start {start}", 120)
+        slurm.run("scancel", "--signal=USR1", "--batch", job)
+    training.finish(job, "never", "FAILED")
+    assert slurm.restarts(job) == 1
+    assert "has saved no checkpoint since: it ends here" in training.output("never")
+    assert slurm.exit_code(job) == 1
+
+
+@pytest.mark.chaos
+def test_a_node_that_slurm_takes_away(training: Jobs) -> None:
+    """`scontrol update state=down`: the node's processes are gone, the job goes on elsewhere."""
+    slurm = training.slurm
+    job = training.submit("down")
+    training.reach("down", 12)
+    slurm.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    try:
+        wait_until(lambda: "node n1 is lost" in training.output("down"), "the loss", 120)
+    finally:
+        slurm.run("scontrol", "update", "nodename=n1", "state=resume")
+    training.finish(job, "down")
+    assert complete_steps(training.folder("down").checkpoints)[-1] == 40
+
+
+@pytest.mark.chaos
+def test_the_first_node_is_lost_and_slurm_requeues(training: Jobs) -> None:
+    slurm = training.slurm
+    job = training.submit("first")
+    training.reach("first", 12)
+    slurm.run("scontrol", "update", "nodename=n0", "state=down", "reason=test")
+    wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
+    slurm.run("scontrol", "update", "nodename=n0", "state=resume")
+    training.finish(job, "first")
+    folder = training.folder("first")
+    assert complete_steps(folder.checkpoints)[-1] == 40
+    assert attempts(folder)[-1]["start_step"] >= 10
+
+
+@pytest.mark.chaos
+def test_a_cancelled_job_leaves_nothing_and_its_run_can_go_on(training: Jobs) -> None:
+    job = training.submit("cancelled")
+    training.reach("cancelled", 12)
+    training.slurm.run("scancel", job)
+    training.finish(job, "cancelled", "CANCELLED")
+    folder = training.folder("cancelled")
+    assert 10 <= complete_steps(folder.checkpoints)[-1] < 40
+    again = training.submit("cancelled")
+    training.finish(again, "cancelled")
+    assert list(losses(folder)) == list(range(1, 41))
+
+
+@pytest.mark.chaos
+def test_a_preempted_job_saves_and_goes_on_when_the_nodes_are_free(training: Jobs) -> None:
+    slurm = training.slurm
+    job = training.submit("preempted")
+    training.reach("preempted", 3)
+    urgent = slurm.run(
+        *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"),
+        *("--output=/dev/null", "--wrap=srun sleep 5"),
+    ).strip()
+    training.submitted.append(urgent)
+    training.finish(job, "preempted")
+    assert slurm.state(urgent) == "COMPLETED"
+    folder = training.folder("preempted")
+    assert stop_reasons(folder) == [f"SLURM job {job} is preempted (SIGTERM)"]
+    first, second = attempts(folder)
+    assert 3 <= second["start_step"] < 40
+    assert first["start_step"] == second["steps_again"] == 0
+
+
+@pytest.mark.chaos
+def test_a_task_of_an_array_requeues_itself_only(training: Jobs) -> None:
+    """Its other task is still waiting and must not start a second time."""
+    slurm = training.slurm
+    first, second = training.submit_array("first", "second")
+    training.reach("first", 3)
+    slurm.run("scancel", "--signal=USR1", "--batch", first)
+    wait_until(lambda: slurm.restarts(first) == 1, "the requeue of the task", 120)
+    assert slurm.restarts(second) == 0
+    for job, name in ((first, "first"), (second, "second")):
+        training.finish(job, name)
+    assert slurm.restarts(second) == 0
+    assert stop_reasons(training.folder("first")) == [
+        f"SLURM job {first} is near its time limit (SIGUSR1)"
+    ]
+    assert len(attempts(training.folder("second"))) == 1
