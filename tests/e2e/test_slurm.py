@@ -123,6 +123,7 @@ def stop_reasons(folder: RunFolder) -> list[str]:
     return [event["reason"] for event in folder.events() if event["event"] == "stop_requested"]
 
 
+@pytest.mark.chaos
 def test_two_jobs_share_both_hosts_and_one_is_interrupted_and_requeued(training: Jobs) -> None:
     """By the signal ahead of the time limit; it ends where the other, undisturbed one does."""
     slurm = training.slurm

@@ -88,6 +88,7 @@ def test_from_the_command_to_the_end_on_two_nodes(
     assert slurm_alone.run("squeue", "--noheader") == ""
 
 
+@pytest.mark.chaos
 def test_an_array_and_an_allocation_of_ones_own(
     slurm_alone: Slurm, cache: Path, tmp_path: Path
 ) -> None:
