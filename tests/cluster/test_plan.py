@@ -12,9 +12,9 @@ from modular_lm.errors import ConfigError
 
 PLAN = JobPlan(
     script="ray_jobs.train",
-    arguments=["config=/work/run/base_config.yaml", "dump_dir=/work/run", "steps=3"],
-    dump_dir="/work/run",
-    code="/work/run/code",
+    arguments=["config=/shared/run/base_config.yaml", "dump_dir=/shared/run", "steps=3"],
+    dump_dir="/shared/run",
+    code="/shared/run/code",
     nodes=2,
     cpus_per_node=4,
     gpus_per_node=1,
