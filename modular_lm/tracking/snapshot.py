@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import modular_lm
-from modular_lm.files import write_text_atomic
+from modular_lm.files import full_disk_named, write_text_atomic
 
 _PACKAGES = ("modular_lm", "ray_jobs", "cluster")
 _CHECKOUT_ONLY = ("configs", "pyproject.toml")
@@ -25,7 +25,8 @@ def snapshot_code(destination: Path) -> dict[str, Any]:
 
     Returns the origin: `version`, and `git_commit` and `dirty` (uncommitted changes in what was
     copied), both None outside of a git checkout. The copy is complete before it gets its name. If
-    the code that runs is that copy, as in a job of SLURM, it stays.
+    the code that runs is that copy, as in a job of SLURM, it stays. Raises RunFailedError on a
+    full disk.
     """
     root = Path(modular_lm.__file__).resolve().parents[1]
     if root == destination.resolve():
@@ -40,20 +41,34 @@ def snapshot_code(destination: Path) -> dict[str, Any]:
     outgoing = destination.with_name(f".{destination.name}.old")
     for leftover in (incoming, outgoing):
         shutil.rmtree(leftover, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    for name in names:
-        source = root / name
-        if source.is_dir():
-            shutil.copytree(source, incoming / name, ignore=_ignored)
-        else:
-            shutil.copy2(source, incoming / name)
-    write_text_atomic(incoming / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+    try:
+        with full_disk_named(destination):
+            incoming.mkdir(parents=True)
+            for name in names:
+                _copy(root / name, incoming / name)
+        write_text_atomic(incoming / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+    except BaseException:
+        shutil.rmtree(incoming, ignore_errors=True)
+        raise
     # A folder that is not empty cannot be replaced by one call.
     if destination.exists():
         destination.rename(outgoing)
     incoming.rename(destination)
     shutil.rmtree(outgoing, ignore_errors=True)
     return origin
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        shutil.copy2(source, target)
+        return
+
+    def copy_file(source: str, target: str) -> str:
+        # As an OSError it would only be one of a list, at the end, with its number lost.
+        with full_disk_named(Path(target)):
+            return shutil.copy2(source, target)
+
+    shutil.copytree(source, target, ignore=_ignored, copy_function=copy_file)
 
 
 def _ignored(folder: str, names: list[str]) -> set[str]:

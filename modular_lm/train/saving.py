@@ -10,6 +10,7 @@ kept, is decided in `inventory`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from modular_lm.config import TrainConfig, to_dict
+from modular_lm.errors import AgreedError
 from modular_lm.files import new_folder, sync
 from modular_lm.parallel import World
 from modular_lm.storage import Place, write_bytes, write_text
@@ -162,7 +164,14 @@ class Saver:
             return inventory.retain(self._checkpoints, self._config.checkpoint)
 
         self._world.together(prepare, failure)
-        parts = self._world.together(write, failure)
+        try:
+            parts = self._world.together(write, failure)
+        except AgreedError:
+            if leads:
+                # It may be what fills the disk, and no use to anyone.
+                with contextlib.suppress(OSError):
+                    inventory.remove(folder)
+            raise
         listing = {name: entry for part in parts for name, entry in part.items()}
         (removed, *_) = self._world.together(complete, failure)
         return {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 import modular_lm
+from modular_lm.errors import RunFailedError
 from modular_lm.tracking.snapshot import snapshot_code
 
 
@@ -99,3 +103,20 @@ def test_the_code_that_runs_is_not_replaced_by_itself(
     before = code.stat()
     assert snapshot_code(code) == origin
     assert (code.stat().st_ino, code.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_full_disk_is_named_and_leaves_the_older_snapshot(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "run" / "code"
+    snapshot_code(code)
+    before = _files(code)
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(RunFailedError, match="No space left on device"):
+        snapshot_code(code)
+    assert _files(code) == before
+    assert not list(code.parent.glob(".*"))
