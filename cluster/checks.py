@@ -1,7 +1,7 @@
 """The job that is to be launched, checked as it will check itself: before anything is submitted.
 
-Only training is checked to the last (data, tokenizer, and what the run's folder already holds); of
-other jobs the keys are. Writes nothing.
+Training is checked to the last (data, tokenizer, and what the run's folder already holds), a sweep
+as far as its baseline; of other jobs the keys are. Writes nothing.
 """
 
 from __future__ import annotations
@@ -16,30 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from cluster.options import LaunchConfig, unknown
-from modular_lm.config import (
-    ConvertConfig,
-    GenerateConfig,
-    PrepareConfig,
-    TrainConfig,
-    load_config,
-)
+from modular_lm.config import JOBS, SweepConfig, TrainConfig, load_config
 from modular_lm.config.checks import dump_dir_of, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.data.builtin import BUILTIN
 from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.errors import ConfigError
+from modular_lm.sweep.trials import check_baseline, plan_sweep
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.run import open_run, resolve_config
 
 log = logging.getLogger(__name__)
 
-# What can be launched, and the config of each.
-SCRIPTS: dict[str, type] = {
-    "ray_jobs.train": TrainConfig,
-    "ray_jobs.prepare": PrepareConfig,
-    "ray_jobs.generate": GenerateConfig,
-    "ray_jobs.convert": ConvertConfig,
-}
 # Keys whose text is a path, by their last part; the text of `_MAYBE` can be a name instead.
 _PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path")
 _MAYBE = ("path", "src")
@@ -69,13 +57,15 @@ def check_job(options: LaunchConfig, args: Sequence[str], *, afresh: bool = Fals
 
     afresh: what its folder holds is going to be deleted.
     """
-    if options.script not in SCRIPTS:
-        raise unknown("script", options.script, list(SCRIPTS))
-    cls = SCRIPTS[options.script]
+    if options.script not in JOBS:
+        raise unknown("script", options.script, list(JOBS))
+    cls = JOBS[options.script]
     keys = [f.name for f in fields(cls)]
     _check_names(args, keys)
     own = [arg for arg in args if arg.startswith("dump_dir=") and "dump_dir" not in keys]
-    _, given = load_config(cls, [arg for arg in args if arg not in own])
+    config, given = load_config(cls, [arg for arg in args if arg not in own])
+    if isinstance(config, SweepConfig):
+        return _check_sweep(options, config, given)
     given = _with_absolute_paths(given)
     if cls is TrainConfig:
         return _check_training(options, given, afresh)
@@ -159,6 +149,17 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
         cpus_per_worker=resolved.ray.cpus_per_worker,
         complete=complete,
     )
+
+
+def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, Any]) -> Job:
+    plan = plan_sweep(config, given)
+    check_baseline(plan)
+    # With the keys of sweep.base in it, the job needs no other file.
+    settings = {**given["sweep"], "base": None}
+    shared = _with_absolute_paths(plan.base)
+    folder = _folder(dump_dir_of(config))
+    own = {"name": config.name, "dump_dir": str(folder), "sweep": settings}
+    return Job(options.script, {**shared, **own}, folder, config.name)
 
 
 def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ SCRIPT = "submit.slurm"
 # comes last.
 _OURS = (
     *("checkpoints", "evals", "profiling", "probe", "logs", "code", ".code.new", ".code.old"),
+    *("trials", "pictures", "report.html", "report.md", "report.json", "sweep.yaml"),
     *("metrics.jsonl", "metrics.eval.jsonl", "config.yaml", "base_config.yaml", SCRIPT),
     *("events.jsonl", "ray"),
 )
@@ -70,8 +71,7 @@ def remove_run(dump_dir: Path) -> None:
     """
     if not is_ours(dump_dir):
         return
-    driver = RunFolder(dump_dir).ray / "driver.lock"
-    if driver.exists():
+    for driver in RunFolder(dump_dir).ray.glob("*.lock"):
         try:
             with lock(driver, blocking=False):
                 pass

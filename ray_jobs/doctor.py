@@ -22,19 +22,20 @@ from typing import Any, NoReturn
 
 from modular_lm.cli import run_job
 from modular_lm.config import (
-    ConvertConfig,
+    JOBS,
     DoctorConfig,
-    GenerateConfig,
-    ModulesConfig,
     PrepareConfig,
+    SweepConfig,
     TrainConfig,
     load_config,
 )
 from modular_lm.config.checks import dump_dir_of, world_sizes
+from modular_lm.config.load import from_dict
 from modular_lm.data.hub import on_disk
 from modular_lm.data.prepare import plan_sources
 from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserFacingError
 from modular_lm.submission import check_lasting
+from modular_lm.sweep.trials import plan_sweep
 from ray_jobs._checks import Finding, dump_dir_finding, training_findings
 from ray_jobs._site_checks import (
     device_gib,
@@ -47,13 +48,6 @@ from ray_jobs._site_checks import (
 )
 
 USAGE = "python -m ray_jobs.doctor config=configs/debug.yaml key=value ..."
-JOBS: dict[str, type] = {
-    "ray_jobs.train": TrainConfig,
-    "ray_jobs.prepare": PrepareConfig,
-    "ray_jobs.generate": GenerateConfig,
-    "ray_jobs.convert": ConvertConfig,
-    "ray_jobs.modules": ModulesConfig,
-}
 _OWN = ("script", "device_memory")
 
 
@@ -73,16 +67,36 @@ def diagnose(rest: Sequence[str], config: DoctorConfig, given: dict[str, Any]) -
 
 def _job(cls: type, rest: Sequence[str], own: DoctorConfig) -> list[Finding]:
     try:
-        config, _ = load_config(cls, rest)
+        config, given = load_config(cls, rest)
     except UserFacingError as error:
         found = [Finding("config", "error", str(error))]
         # Without a config what is around the job can be looked at.
         return [*found, *ray_findings(1, None, Path.cwd())]
+    if isinstance(config, SweepConfig):
+        return _sweep(config, given, own.device_memory)
     if isinstance(config, TrainConfig):
         return _train(config, own.device_memory)
     if isinstance(config, PrepareConfig):
         return _prepare(config)
     return [_loaded(config)]
+
+
+def _sweep(config: SweepConfig, given: dict[str, Any], device: float | None) -> list[Finding]:
+    """The plan, and all about the first trial of its baseline."""
+    try:
+        plan = plan_sweep(config, given)
+    except UserFacingError as error:
+        return [Finding("sweep", "error", str(error)), *ray_findings(1, None, Path.cwd())]
+    variants = f"{len(plan.arms)} variants x {len(plan.settings.seeds)} seeds"
+    found = [Finding("sweep", "ok", f"{variants}; below: a trial of {plan.baseline}")]
+    found += [
+        Finding("sweep", "warning", f"{arm.name} cannot be trained: {arm.why}", "leave it out")
+        for arm in plan.arms
+        if arm.config is None
+    ]
+    baseline = next(arm for arm in plan.arms if arm.name == plan.baseline)
+    trial = plan.trial(baseline, plan.settings.seeds[0])
+    return found + _train(from_dict(TrainConfig, trial.given), device)
 
 
 def _train(config: TrainConfig, device: float | None) -> list[Finding]:

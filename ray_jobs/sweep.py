@@ -21,7 +21,6 @@ from modular_lm.config.checks import flatten, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.config.schema import RayConfig
 from modular_lm.config.sweep import sweep_warnings
-from modular_lm.data.dataset import check_sources
 from modular_lm.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -33,7 +32,7 @@ from modular_lm.errors import (
 from modular_lm.files import Locked, lock
 from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.folder import SweepFolder
-from modular_lm.sweep.trials import Plan, Trial, plan_sweep
+from modular_lm.sweep.trials import Plan, Trial, check_baseline, plan_sweep
 from modular_lm.tracking.mlflow_sweep import PARENT_TAG, MlflowSweep
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.driver import stop_on_signals
@@ -51,7 +50,7 @@ _MLFLOW_STATUS = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED", EXIT_STOPPED: "K
 def main(config: SweepConfig, given: dict[str, Any]) -> int:
     """The job: check everything, then run what is left of the sweep; returns the exit code."""
     plan = plan_sweep(config, given)
-    _check_first(plan)
+    check_baseline(plan)
     if config.dry_run:
         print(describe(plan))
         return EXIT_DONE
@@ -226,14 +225,6 @@ def _run(sweep: Sweep) -> None:
 def cpus_of(config: RayConfig) -> int:
     """CPUs of the workers of a run, at its largest."""
     return world_sizes(config)[1] * config.cpus_per_worker
-
-
-def _check_first(plan: Plan) -> None:
-    """Raise for what would fail every trial, before anything is written."""
-    baseline = next(arm for arm in plan.arms if arm.name == plan.baseline)
-    given = plan.trial(baseline, plan.settings.seeds[0]).given
-    resolved, tokenizer = resolve_config(from_dict(TrainConfig, given))
-    check_sources(resolved.data, tokenizer)
 
 
 @contextlib.contextmanager

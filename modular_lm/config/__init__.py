@@ -6,9 +6,11 @@ Imports neither torch nor Ray, so that a typo is answered before anything heavy 
 - `load`: dataclass defaults < YAML < command line; unknown keys, wrong types, `--help`.
 - `checks`: conditions that involve several keys; what may change between attempts of a run.
 - `sweep`: the keys of a sweep of training runs.
+- `jobs`: which job takes which of them.
 - `lingua`: how the keys of a Meta Lingua YAML are read.
 """
 
+from modular_lm.config.jobs import JOBS
 from modular_lm.config.load import format_help, load_config, to_dict, to_yaml
 from modular_lm.config.schema import (
     ConvertConfig,
@@ -25,6 +27,7 @@ from modular_lm.config.schema import (
 from modular_lm.config.sweep import ReportConfig, SweepConfig
 
 __all__ = [
+    "JOBS",
     "ConvertConfig",
     "DataConfig",
     "DoctorConfig",

@@ -137,7 +137,7 @@ def source_folders(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Path]:
     """The folder of each source; prepares the built-in corpus where it is asked for and missing."""
     names = source_names(config)
     named = [name for name in names if name != BUILTIN]
-    folders = open_sources(config.root_dir, named, tokenizer) if named else {}
+    folders = open_sources(config.root_dir, named, tokenizer)
     if BUILTIN in names:
         folders[BUILTIN] = ensure_builtin(config.tokenizer)
     return {name: folders[name] for name in names}
@@ -145,8 +145,8 @@ def source_folders(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Path]:
 
 def check_sources(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError or DataError unless the prepared sources are there; prepares nothing."""
-    if named := [name for name in source_names(config) if name != BUILTIN]:
-        open_sources(config.root_dir, named, tokenizer)
+    named = [name for name in source_names(config) if name != BUILTIN]
+    open_sources(config.root_dir, named, tokenizer)
 
 
 def rank_range(step: int, global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -232,9 +232,17 @@ def open_sources(
 ) -> dict[str, Path]:
     """The folders of the sources `names` below `root_dir`, checked; reads manifests only.
 
-    Raises ConfigError for a folder or source that is not there, DataError for one that is not whole
-    or was made with another tokenizer than `tokenizer`.
+    Raises ConfigError for a folder or source that is not there, or a `root_dir` of which no source
+    is asked for; DataError for one that is not whole or was made with another tokenizer than
+    `tokenizer`.
     """
+    if not names:
+        if root_dir is None:
+            return {}
+        raise ConfigError(
+            f"data.root_dir={root_dir}: data.sources names nothing there, only the built-in "
+            "corpus; say data.sources={NAME: 1}, or leave data.root_dir out"
+        )
     if root_dir is None:
         raise ConfigError(f"data.root_dir=null: data.sources.{names[0]} needs the folder it is in")
     root = Path(root_dir).expanduser()

@@ -10,7 +10,9 @@ import yaml
 
 from cluster.checks import Job, check_job, fewest_nodes, fit
 from cluster.options import LaunchConfig
+from modular_lm.config import SweepConfig, load_config
 from modular_lm.errors import ConfigError, UserFacingError
+from modular_lm.sweep.trials import plan_sweep
 from tests.support import REPO
 
 DEBUG = f"config={REPO}/configs/debug.yaml"
@@ -75,6 +77,43 @@ def test_mistakes_are_found_before_submission(
         check(DEBUG, *args)
     assert raised.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def sweep_beside_its_base(folder: Path) -> str:
+    """A sweep of runs/s whose base is a file beside it; as an argument."""
+    base = yaml.safe_load((REPO / "configs" / "debug.yaml").read_text())
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    settings = {"base": "base.yaml", "seeds": [0], "arms": {"a": {"optim.lr": 0.1}}}
+    (folder / "s.yaml").write_text(yaml.safe_dump({"name": "s", "steps": 3, "sweep": settings}))
+    return "config=s.yaml"
+
+
+def test_a_sweep_is_checked_as_far_as_its_baseline_and_needs_no_other_file(tmp_path: Path) -> None:
+    config = sweep_beside_its_base(tmp_path)
+    job = check(config, "checkpoint.path=here", script="ray_jobs.sweep")
+    assert (job.dump_dir, job.name, job.workers) == (tmp_path / "runs" / "s", "s", None)
+    given = tmp_path / "given.yaml"
+    given.write_text(yaml.safe_dump(job.given))
+    for file in ("base.yaml", "s.yaml"):
+        (tmp_path / file).unlink()
+    config, values = load_config(SweepConfig, [f"config={given}"])
+    plan = plan_sweep(config, values)
+    assert plan.folder == job.dump_dir
+    (trial,) = plan.trials
+    assert trial.given["model"]["dim"] == 128
+    assert trial.given["data"]["sources"] == {"builtin": 1.0}
+    assert trial.given["steps"] == 3
+
+
+def test_mistakes_of_a_sweep_are_found_before_submission(tmp_path: Path) -> None:
+    config = sweep_beside_its_base(tmp_path)
+    for args, message in (
+        (["sweep.baseline=b"], "sweep.baseline=b: no variant has this name"),
+        (["data.tokenizer.name=sp"], "data.tokenizer.path"),
+        (["model.n_heads=3"], "sweep.baseline=a: cannot be trained: model.dim=128"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check(config, *args, script="ray_jobs.sweep")
 
 
 def test_unknown_scripts_are_named() -> None:

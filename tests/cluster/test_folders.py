@@ -29,6 +29,9 @@ def run(tmp_path: Path) -> Path:
     checkpoint = step_folder(RunFolder(folder).checkpoints, 20)
     checkpoint.mkdir(parents=True)
     (checkpoint / COMPLETE).touch()
+    for left in ("sweep.yaml", "report.html", "trials/a__seed-0/trial.json", "pictures/cost.svg"):
+        (folder / left).parent.mkdir(parents=True, exist_ok=True)
+        (folder / left).touch()
     (folder / FOREIGN).write_text("mine")
     return folder
 
@@ -77,8 +80,9 @@ def test_a_folder_without_a_run_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "logs").is_dir()
 
 
-def test_a_run_that_is_training_is_not_deleted(run: Path) -> None:
-    with lock(run / "ray" / "driver.lock"):
+@pytest.mark.parametrize("name", ["driver.lock", "sweep.lock"])
+def test_a_run_that_is_training_is_not_deleted(run: Path, name: str) -> None:
+    with lock(run / "ray" / name):
         with pytest.raises(ConfigError, match="is being trained by process"):
             remove_run(run)
         assert (run / "code").is_dir()

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from cluster.checks import SCRIPTS
 from cluster.options import LaunchConfig, duration_s, load_options, split_arguments
+from modular_lm.config import JOBS
 from modular_lm.errors import ConfigError
 
 NOT_THE_JOBS = {"dry_run"}
@@ -19,10 +19,10 @@ def test_own_keys_and_those_of_the_job_are_told_apart() -> None:
     assert job == ["config=a.yaml", "steps=4", "data.seq_len=8"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", JOBS)
 def test_no_key_of_a_job_is_taken_by_the_launcher(script: str) -> None:
     own = {f.name for f in fields(LaunchConfig)} - NOT_THE_JOBS
-    assert own & {f.metadata.get("name") or f.name for f in fields(SCRIPTS[script])} == set()
+    assert own & {f.metadata.get("name") or f.name for f in fields(JOBS[script])} == set()
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     with pytest.raises(ConfigError, match=r"data\.root_dir=null: data\.sources\.wiki needs"):
         open_sources(None, ["wiki"], BYTES)
+    with pytest.raises(ConfigError, match=r"data\.root_dir=there: data\.sources names nothing"):
+        open_sources("there", [], BYTES)
     with pytest.raises(ConfigError, match=r"data\.root_dir=no/such: no such folder; prepare it"):
         open_sources("no/such", ["wiki"], BYTES)
     with pytest.raises(ConfigError, match=r"data\.sources\.wkii: no such .* did you mean wiki\?"):

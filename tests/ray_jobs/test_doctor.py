@@ -91,6 +91,18 @@ def test_a_sound_job_on_this_machine(examine: Examine) -> None:
     assert not any(handler.filters for handler in logging.getLogger().handlers)
 
 
+def test_a_sweep_is_planned_and_a_trial_of_its_baseline_looked_at(examine: Examine) -> None:
+    config, script = f"config={REPO}/configs/ablation_debug.yaml", "script=ray_jobs.sweep"
+    code, rows = examine(script, config, "sweep.arms.odd={model.n_heads: 3}")
+    assert code == 0
+    assert "4 variants x 2 seeds; below: a trial of dense" in text_of(rows, "sweep", "ok")
+    assert "odd cannot be trained: model.dim=64" in text_of(rows, "sweep", "warning")
+    assert "builtin: will be prepared" in text_of(rows, "data", "ok")
+    code, rows = examine(script, config, "sweep.baseline=b")
+    assert code == 2
+    assert "sweep.baseline=b" in text_of(rows, "sweep")
+
+
 def test_after_an_unknown_key_the_rest_is_still_looked_at(examine: Examine) -> None:
     code, rows = examine(DEBUG, "modle.dim=64")
     assert code == 2
