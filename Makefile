@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.modular
 	$(BIN)/python -m benchmarks.numerics
+	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.recall
 	$(BIN)/python -m benchmarks.toy_lm
 
