@@ -110,12 +110,12 @@ def start_run(nodes: Nodes, folder: RunFolder, workers: str) -> subprocess.Popen
 
 
 def attempt(folder: RunFolder, number: int, job: subprocess.Popen) -> dict[str, Any]:
-    """The event of this attempt, once it has done steps."""
+    """The event of this attempt or a later one, once it has done steps."""
 
     def stepped() -> dict[str, Any] | None:
         assert job.poll() is None, finish(job)
         found = folder.last_event("attempt")
-        if found is None or found["attempt"] != number:
+        if found is None or found["attempt"] < number:
             return None
         return found if folder.last_step.read() > found["start_step"] + 2 else None
 
