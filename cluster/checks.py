@@ -22,7 +22,7 @@ from modular_lm.config.load import from_dict
 from modular_lm.data.builtin import BUILTIN
 from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.errors import ConfigError
-from modular_lm.sweep.trials import check_baseline, plan_sweep
+from modular_lm.sweep.trials import plan_sweep
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.run import open_run, resolve_config
 
@@ -153,7 +153,8 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
 
 def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, Any]) -> Job:
     plan = plan_sweep(config, given)
-    check_baseline(plan)
+    resolved, tokenizer = resolve_config(from_dict(TrainConfig, plan.first_of_baseline.given))
+    check_sources(resolved.data, tokenizer)
     # With the keys of sweep.base in it, the job needs no other file.
     settings = {**given["sweep"], "base": None}
     shared = _with_absolute_paths(plan.base)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from modular_lm.errors import ConfigError, RunFailedError, UserFacingError, reason
-from modular_lm.files import replacing
+from modular_lm.files import full_disk_named, replacing
 
 # The package of an fsspec protocol that is not among the dependencies -> how to install it.
 _BACKENDS = {"s3": "'modular-lm[s3]'", "s3a": "'modular-lm[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -231,17 +231,18 @@ def remove_folder(folder: Place) -> None:
 def check_writable(folder: Place, key: str) -> None:
     """Write and delete a small object. Raises ConfigError or RunFailedError, naming `key`.
 
-    For object stores, where a missing right would otherwise be found by the first checkpoint.
+    Else the first checkpoint would find that a right is missing.
     """
-    if isinstance(folder, RemotePath):
-        probe = folder / ".probe"
-        try:
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_named(folder) if isinstance(folder, Path) else contextlib.nullcontext():
             probe.write_bytes(b"can this be written?")
-            probe.unlink()
-        except FileNotFoundError as error:
-            raise ConfigError(f"{key}={folder}: cannot be written: {reason(error)}") from error
-        except UserFacingError as error:
-            raise type(error)(f"{key}={error}") from error
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{key}={folder}: cannot be written: {reason(error)}") from error
+    except UserFacingError as error:
+        raise type(error)(f"{key}={error}") from error
 
 
 @functools.lru_cache

@@ -196,18 +196,20 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def checkpoints_at_once(config: TrainConfig) -> int:
-    """The most checkpoints that lie in the run's folder at a time, one being written included."""
+    """The most checkpoints that lie in the run's folder at a time, one being written included.
+
+    Those that both rules keep are counted twice.
+    """
     dump, evals = config.checkpoint.dump, config.checkpoint.eval
     last = config.stop_at or config.steps
     n_eval = last // evals.every if evals.every else 0
     n_dump = last // dump.every if dump.every else 0
-    if dump.every and evals.every:
-        n_dump -= last // math.lcm(dump.every, evals.every)
+    both = last // math.lcm(dump.every, evals.every) if dump.every and evals.every else 0
     if not any(every and last % every == 0 for every in (dump.every, evals.every)):
         n_dump += 1  # the last step is saved in any case
     groups = ((n_dump, dump.keep), (n_eval, evals.keep))
     kept = sum(n if keep <= 0 else min(n, keep) for n, keep in groups)
-    return min(kept + 1, n_dump + n_eval)
+    return min(kept + 1, n_dump + n_eval - both)
 
 
 def _size(folder: Path) -> int:

@@ -94,9 +94,7 @@ def _sweep(config: SweepConfig, given: dict[str, Any], device: float | None) -> 
         for arm in plan.arms
         if arm.config is None
     ]
-    baseline = next(arm for arm in plan.arms if arm.name == plan.baseline)
-    trial = plan.trial(baseline, plan.settings.seeds[0])
-    return found + _train(from_dict(TrainConfig, trial.given), device)
+    return found + _train(from_dict(TrainConfig, plan.first_of_baseline.given), device)
 
 
 def _train(config: TrainConfig, device: float | None) -> list[Finding]:

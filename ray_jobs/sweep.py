@@ -21,6 +21,7 @@ from modular_lm.config.checks import flatten, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.config.schema import RayConfig
 from modular_lm.config.sweep import sweep_warnings
+from modular_lm.data.dataset import check_sources
 from modular_lm.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -32,7 +33,7 @@ from modular_lm.errors import (
 from modular_lm.files import Locked, lock
 from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.folder import SweepFolder
-from modular_lm.sweep.trials import Plan, Trial, check_baseline, plan_sweep
+from modular_lm.sweep.trials import Plan, Trial, plan_sweep
 from modular_lm.tracking.mlflow_sweep import PARENT_TAG, MlflowSweep
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.driver import stop_on_signals
@@ -50,7 +51,8 @@ _MLFLOW_STATUS = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED", EXIT_STOPPED: "K
 def main(config: SweepConfig, given: dict[str, Any]) -> int:
     """The job: check everything, then run what is left of the sweep; returns the exit code."""
     plan = plan_sweep(config, given)
-    check_baseline(plan)
+    resolved, tokenizer = resolve_config(from_dict(TrainConfig, plan.first_of_baseline.given))
+    check_sources(resolved.data, tokenizer)
     if config.dry_run:
         print(describe(plan))
         return EXIT_DONE

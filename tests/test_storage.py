@@ -84,6 +84,15 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         list(place("nosuch://b/x").iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder", "checkpoint.path")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    for where in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(ConfigError, match=f"^checkpoint.path={where}: cannot be written"):
+            check_writable(where, "checkpoint.path")
+
+
 def test_a_store_that_is_not_writable_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 

@@ -221,6 +221,8 @@ def _convert(hint: Any, value: Any, full: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_convert(args[0], v, full) for v in value]
     if origin is dict and isinstance(value, dict):
+        if args[1] is float:
+            value = _dotted(value)
         return {str(k): _convert(args[1], v, f"{full}.{k}") for k, v in value.items()}
     if hint is bool and isinstance(value, bool):
         return value
@@ -231,6 +233,15 @@ def _convert(hint: Any, value: Any, full: str) -> Any:
     if hint is float and (real := _real(value)) is not None:
         return real
     raise ConfigError(f"{full}={value!r}: expected {_type_name(hint)}")
+
+
+def _dotted(values: dict[Any, Any]) -> dict[str, Any]:
+    """Names with dots, which the command line takes for groups, put together again."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _dotted(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{name}.{rest}" if rest else str(name): v for rest, v in inner.items()}
+    return found
 
 
 def _integer(value: Any) -> int | None:

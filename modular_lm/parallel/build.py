@@ -14,7 +14,7 @@ from modular_lm.model.init import init_weights
 from modular_lm.model.lm import LanguageModel
 from modular_lm.parallel.float8 import convert_to_float8
 from modular_lm.parallel.mesh import TP
-from modular_lm.parallel.recompute import recompute, saved_operators
+from modular_lm.parallel.recompute import recompute
 from modular_lm.parallel.sharding import DTYPES, shard
 from modular_lm.parallel.tensor import make_tensor_parallel
 from modular_lm.parallel.world import World
@@ -62,8 +62,6 @@ def _choose_kernels(model: LanguageModel, config: TrainConfig, world: World) -> 
         device=world.device,
         dtype=DTYPES[c.model_dtype],
     )
-    if c.activation_checkpointing == "selective":
-        saved_operators(c)  # a mistake in their names is found here
     converted = convert_to_float8(model, c, world.device)
     if converted and world.rank == 0:
         log.info("float8 (%s): %d linear layers", c.float8_recipe, converted)

@@ -40,12 +40,7 @@ def convert_to_float8(model: nn.Module, config: DistributedConfig, device: torch
             f"{key}: needs torchao ({reason(error)}); pip install 'modular-lm[float8]'"
         ) from None
     _check_device(key, recipe, device)
-    names = _wanted(model, config.float8_filter)
-    if not names:
-        raise ConfigError(
-            f"distributed.float8_filter={config.float8_filter}: finds no linear layer whose sides "
-            f"are multiples of {_MULTIPLE}; they have names like layers.0.feed_forward.w1"
-        )
+    names = check_filter(model, config.float8_filter)
     settings = Float8LinearConfig.from_recipe_name(recipe)
     if device.type == "cpu":
         settings = dataclasses.replace(settings, emulate=True)
@@ -64,6 +59,20 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def check_filter(model: nn.Module, pattern: str) -> set[str]:
+    """The names of the layers that are to compute in float8. Raises ConfigError if there are none.
+
+    The model may be on the meta device.
+    """
+    names = _wanted(model, pattern)
+    if not names:
+        raise ConfigError(
+            f"distributed.float8_filter={pattern}: finds no linear layer whose sides are multiples "
+            f"of {_MULTIPLE}; they have names like layers.0.feed_forward.w1"
+        )
+    return names
 
 
 def _wanted(model: nn.Module, pattern: str) -> set[str]:

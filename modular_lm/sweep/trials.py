@@ -31,7 +31,6 @@ from modular_lm.config.sweep import (
     check_sweep,
     closest,
 )
-from modular_lm.data.dataset import check_sources
 from modular_lm.errors import ConfigError
 from modular_lm.sweep.budget import (
     Cost,
@@ -43,7 +42,6 @@ from modular_lm.sweep.budget import (
 )
 from modular_lm.sweep.space import Variant, variants_of
 from modular_lm.tokenizer import build_tokenizer
-from modular_lm.train.run import resolve_config
 
 _BASELINE = "dense"
 
@@ -98,6 +96,12 @@ class Plan:
         """Seed by seed, so that every variant has its first result early."""
         return [self.trial(arm, seed) for seed in self.settings.seeds for arm in self.arms]
 
+    @property
+    def first_of_baseline(self) -> Trial:
+        """What would fail every trial shows in it."""
+        baseline = next(arm for arm in self.arms if arm.name == self.baseline)
+        return self.trial(baseline, self.settings.seeds[0])
+
     def trial(self, arm: Arm, seed: int) -> Trial:
         """The run of an arm with a seed."""
         name = f"{arm.name}__seed-{seed}"
@@ -143,14 +147,6 @@ def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
         check_spread(spent, settings.budget)
     folder = Path(dump_dir_of(config)).expanduser().absolute()
     return Plan(settings, folder, base, baseline, amount, arms)
-
-
-def check_baseline(plan: Plan) -> None:
-    """Raise for what would fail every trial, as the baseline's first shows it; writes nothing."""
-    baseline = next(arm for arm in plan.arms if arm.name == plan.baseline)
-    given = plan.trial(baseline, plan.settings.seeds[0]).given
-    resolved, tokenizer = resolve_config(from_dict(TrainConfig, given))
-    check_sources(resolved.data, tokenizer)
 
 
 def base_values(config: SweepConfig, given: Mapping[str, Any]) -> dict[str, Any]:

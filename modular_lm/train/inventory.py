@@ -158,15 +158,17 @@ def describe(path: Place) -> dict[str, Any]:
 def retain(checkpoints: Place, config: CheckpointConfig) -> list[int]:
     """Delete the complete checkpoints that `config` does not keep; returns their steps.
 
-    Of the steps that are multiples of `eval.every` the newest `eval.keep` stay, of all others the
-    newest `dump.keep`; a rolling one only until there is a newer one of any kind. The newest of all
-    always stays.
+    Of the steps that are multiples of `eval.every` the newest `eval.keep` stay; of those that are
+    multiples of `dump.every`, or of neither, the newest `dump.keep`; of a step of both kinds either
+    rule can keep the checkpoint. A rolling one stays until there is a newer one of any kind, the
+    newest of all always.
     """
     steps = complete_steps(checkpoints)
     kept = {steps[-1]} if steps else set()
     rolling = {s for s in steps if _is_rolling(checkpoints, s, config)}
     evals = {s for s in steps if _is_due(s, config.eval.every)}
-    for keep, group in ((config.eval.keep, evals), (config.dump.keep, {*steps} - evals - rolling)):
+    dumps = {s for s in steps if _is_due(s, config.dump.every) or s not in evals | rolling}
+    for keep, group in ((config.eval.keep, evals), (config.dump.keep, dumps)):
         members = sorted(group)
         kept |= set(members if keep <= 0 else members[-keep:])
     gone = [s for s in steps if s not in kept]

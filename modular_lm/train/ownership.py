@@ -1,6 +1,7 @@
-"""Whose checkpoints a folder is for, where `checkpoint.path` names it: two runs must not share one.
+"""Whose checkpoints a folder is for: two runs must not share one.
 
-Below a run's own `dump_dir` nothing of this is needed. Imports no torch.
+Every run marks its folder; it is looked at where `checkpoint.path` names one, which may be another
+run's, also that below its `dump_dir`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ def check_owner(checkpoints: Place, uid: str | None, dump_dir: Path) -> None:
     try:
         theirs = json.loads((checkpoints / OWNER).read_text())
         other_uid, other_dir = theirs["uid"], theirs["dump_dir"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if uid is None and (step := newest_step(checkpoints)):
+            raise ConfigError(
+                f"checkpoint.path={checkpoints}: holds checkpoints already, the latest of step "
+                f"{step}, and this run is new; choose an empty place (to start from their weights: "
+                "checkpoint.init_ckpt_path)"
+            ) from None
         return
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoints / OWNER}: damaged, delete it: {error}") from error

@@ -83,22 +83,31 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, Tokenizer]:
         where = str(place(checkpoint.path).resolve())
         checkpoint = dataclasses.replace(checkpoint, path=where)
     resolved = dataclasses.replace(resolved, data=data, dump_dir=dump_dir, checkpoint=checkpoint)
-    _check_multipliers(resolved)
+    _check_names(resolved)
     return _with_initial_weights(resolved, tokenizer), tokenizer
 
 
-def _check_multipliers(config: TrainConfig) -> None:
-    """Raise ConfigError for a pattern of `optim.lr_multipliers` that matches no parameter."""
-    if not config.optim.lr_multipliers:
+def _check_names(config: TrainConfig) -> None:
+    """Raise ConfigError for keys that name parts of the model, or operators, of which none is
+    there."""
+    c = config.distributed
+    if c.activation_checkpointing == "selective":
+        from modular_lm.parallel.recompute import saved_operators
+
+        saved_operators(c)
+    if not config.optim.lr_multipliers and c.float8_recipe is None:
         return
     import torch
 
     from modular_lm.model.lm import LanguageModel
     from modular_lm.optim.groups import check_patterns
+    from modular_lm.parallel.float8 import check_filter
 
     with torch.device("meta"):
         model = LanguageModel(config.model)
     check_patterns(config.optim, [name for name, _ in model.named_parameters()])
+    if c.float8_recipe is not None:
+        check_filter(model, c.float8_filter)
 
 
 def _inherited(config: TrainConfig) -> TrainConfig:
@@ -187,7 +196,7 @@ class Run:
         return self.done_steps >= self.stop_step
 
     def check_storage(self) -> None:
-        """Raise ConfigError or RunFailedError if an object store takes no checkpoints of ours."""
+        """Raise ConfigError or RunFailedError if no checkpoint can be written there."""
         if not self.is_complete:
             check_writable(self.checkpoints, "checkpoint.path")
 
@@ -214,9 +223,8 @@ class Run:
                 data=self.dataset.fingerprint(),
                 init_ckpt_path=self.config.checkpoint.init_ckpt_path,
             )
-        if self.config.checkpoint.path is not None:
-            created = self.folder.last_event("created") or {}
-            claim(self.checkpoints, created["uid"], self.folder.path)
+        created = self.folder.last_event("created") or {}
+        claim(self.checkpoints, created["uid"], self.folder.path)
 
     def begin_attempt(self, hosts: list[str], addresses: list[str] | None = None) -> int:
         """Pick the newest complete checkpoint, record the attempt, return its start step.

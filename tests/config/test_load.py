@@ -108,6 +108,11 @@ def test_text_keys_take_the_command_line_as_it_is(prompt: str) -> None:
     assert load_config(GenerateConfig, [f"prompt={prompt}"])[0].prompt == prompt
 
 
+def test_names_with_dots_may_be_written_as_keys() -> None:
+    optim = load("optim.lr_multipliers.aggs.*=2", "optim.lr_multipliers.*.wq.weight=0.5").optim
+    assert optim.lr_multipliers == {"aggs.*": 2.0, "*.wq.weight": 0.5}
+
+
 def test_null_resets_an_optional_key() -> None:
     assert load("model.n_heads=4", "model.n_heads=null").model.n_heads is None
     assert load("data.root_dir=x", "data.root_dir=null").data.root_dir is None

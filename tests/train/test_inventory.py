@@ -111,9 +111,11 @@ def test_ranks_verify_all_files_between_them(root: Place) -> None:
 @pytest.mark.parametrize(
     ("dump_keep", "eval_keep", "kept"),
     [
-        (2, -1, [20, 30, 40, 50, 60]),
+        (2, -1, [20, 40, 50, 60]),
         (-1, -1, [10, 20, 30, 40, 50, 60]),
-        (1, 1, [50, 60]),
+        (1, 1, [60]),
+        (3, 1, [40, 50, 60]),
+        (1, 2, [40, 60]),
         (0, 0, [10, 20, 30, 40, 50, 60]),
     ],
 )
@@ -123,12 +125,12 @@ def test_retention(root: Place, dump_keep: int, eval_keep: int, kept: list[int])
     config = CheckpointConfig(DumpEvery(10, dump_keep), SaveEvery(20, eval_keep))
     gone = retain(root, config)
     assert complete_steps(root) == sorted(set(range(10, 70, 10)) - set(gone))
-    # Steps 20, 40 and 60 are evaluation checkpoints, 10, 30 and 50 are not.
+    # Steps 20, 40 and 60 are of both kinds.
     assert complete_steps(root) == kept
 
 
 def test_a_rolling_checkpoint_stays_until_there_is_a_newer_one(root: Place) -> None:
-    config = CheckpointConfig(DumpEvery(10, 2), SaveEvery(20, -1))
+    config = CheckpointConfig(DumpEvery(10, 3), SaveEvery(20, -1))
     for step in (10, 13, 17):
         make(root, step, rolling=step != 10)
         retain(root, config)

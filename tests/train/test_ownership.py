@@ -36,6 +36,13 @@ def test_a_run_that_was_given_up_before_its_first_checkpoint_may_begin_anew(root
         check_owner(root, "b", Path("/runs/a"))
 
 
+def test_a_new_run_takes_no_place_that_holds_checkpoints(root: Place) -> None:
+    make(root, 10)
+    check_owner(root, "a", Path("/runs/a"))  # they were copied there without the mark
+    with pytest.raises(ConfigError, match=r"^checkpoint\.path=.*holds checkpoints already"):
+        check_owner(root, None, Path("/runs/b"))
+
+
 def test_a_damaged_mark_is_named(root: Place) -> None:
     root.mkdir(parents=True, exist_ok=True)
     write_text(root / OWNER, "{}")

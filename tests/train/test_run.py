@@ -7,6 +7,7 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,25 @@ def test_a_multiplier_of_no_parameter_is_refused_before_anything_is_written(
     resolve_config(with_pattern("layers.1.*"))
     with pytest.raises(ConfigError, match=r"optim\.lr_multipliers\.layers\.2\.\*=0\.5: matches no"):
         resolve_config(with_pattern("layers.2.*"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"activation_checkpointing": "selective", "activation_checkpointing_save": ["aten.x"]},
+            r"activation_checkpointing_save: aten\.x is no operator",
+        ),
+        ({"float8_recipe": "rowwise", "float8_filter": "nothing"}, "float8_filter=nothing: finds"),
+    ],
+)
+def test_names_of_what_is_not_there_are_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    distributed = dataclasses.replace(config.distributed, **changes)
+    with pytest.raises(ConfigError, match=message):
+        resolve_config(dataclasses.replace(config, distributed=distributed))
     assert not (tmp_path / "run").exists()
 
 
