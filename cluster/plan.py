@@ -1,14 +1,15 @@
 """What the launcher decided and the allocation carries out, as one readable JSON file.
 
-The launcher writes it at every submission (a run's plan is `<dump_dir>/ray/slurm/plan.json`, that
-of task I of an array `<array folder>/plans/<I>.json`); the allocation only reads it. Imports
-nothing heavy: login nodes read it too.
+The launcher writes it at every submission, as `<dump_dir>/ray/slurm/plan.json`; the allocation only
+reads it. Imports nothing heavy: login nodes read it too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -51,6 +52,12 @@ class JobPlan:
     @property
     def enough_nodes(self) -> int:
         return self.min_nodes or self.nodes
+
+    @property
+    def python(self) -> list[str]:
+        """The interpreter on the nodes: the container's if there is one, else this one."""
+        container = shlex.split(self.container)
+        return [*container, "python3"] if container else [sys.executable]
 
     def write(self, path: Path) -> None:
         """Write the plan, replacing the one of an earlier submission."""
