@@ -185,8 +185,9 @@ class NodeGroup:
             if not any(node.taken for node in self._in("claimed")):
                 return
         raise RunFailedError(
-            f"port_range={list(self._plan.port_range)}: in every block some ports are taken on "
-            f"{', '.join(node.name for node in nodes if node.taken)}; use another range"
+            f"ports {self._plan.port_range[0]} to {self._plan.port_range[1]}: in every block some "
+            f"are taken on {', '.join(node.name for node in nodes if node.taken)}; end what has "
+            "them, or leave these nodes out (exclude)"
         )
 
     def _start(

@@ -328,7 +328,7 @@ class _Job:
 
 def _environment(plan: JobPlan, shared: SharedFiles) -> dict[str, str]:
     """The environment of everything that runs in the job; the user's own values win."""
-    found = {**_DEFAULTS, **os.environ, **plan.environment}
+    found = {**_DEFAULTS, **os.environ}
     found.pop("RAY_ADDRESS", None)
     path = [plan.code, *filter(None, [found.get("PYTHONPATH")])]
     return found | {

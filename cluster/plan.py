@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,7 +31,6 @@ class JobPlan:
     port_range: ports [first, last) of which every job takes a block.
     temp_root: short folder on each node's own disk.
     container: command before which `python3` runs in a container on each node, "" without one.
-    environment: further variables of everything that runs in the job.
     """
 
     script: str
@@ -47,7 +46,6 @@ class JobPlan:
     port_range: tuple[int, int] = (20000, 32000)
     temp_root: str = "/tmp"
     container: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def enough_nodes(self) -> int:
@@ -87,7 +85,7 @@ def _from_json(path: Path, values: dict[str, Any]) -> JobPlan:
     for name, hint in get_type_hints(JobPlan).items():
         expected = getattr(hint, "__origin__", hint)
         if name not in values:
-            if known[name].default is known[name].default_factory is dataclasses.MISSING:
+            if known[name].default is dataclasses.MISSING:
                 raise ConfigError(f"{path}: {name} is missing; submit the job again")
         elif type(values[name]) is not expected:
             raise ConfigError(

@@ -22,7 +22,6 @@ PLAN = JobPlan(
     gpus_per_node=1,
     min_nodes=1,
     port_range=(21000, 22000),
-    environment={"HF_HUB_OFFLINE": "1"},
 )
 
 
