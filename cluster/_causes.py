@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.plan import JobPlan
@@ -19,20 +19,23 @@ from modular_lm.tracking.run_folder import RunFolder
 _WITHOUT_END_S = 3600.0
 # Of the time that is left, for taking Ray down and requeueing.
 _TEARDOWN_SHARE, _TEARDOWN_S = 0.4, 30.0
-# Jobs whose progress is checkpoints in event logs.
+# Jobs whose progress is checkpoints in event logs, and those that always begin anew.
 _SAVING = ("ray_jobs.train", "ray_jobs.sweep")
+_BEGINNING_ANEW = ("ray_jobs.generate", "ray_jobs.convert", "ray_jobs.modules")
 _LOSS_PATIENCE_S, _HEAD_PATIENCE_S = 30.0, 10.0
 
 
 @dataclass(frozen=True)
 class Cause:
     """reason: what the run's event log says; requeue: whether the job is to go on later by itself;
-    driver_s: seconds that the driver may take to end; teardown_s: seconds for all that follows."""
+    driver_s: seconds that the driver may take to end; teardown_s: seconds for all that follows;
+    at_limit: whether it is the job's time limit, which will be the same next time."""
 
     reason: str
     requeue: bool
     driver_s: float
     teardown_s: float
+    at_limit: bool = False
 
 
 def cause_of_signal(
@@ -42,24 +45,35 @@ def cause_of_signal(
 
     SIGUSR1 (or SIGUSR2) is sent ahead of the time limit, by some sites ahead of a preemption;
     SIGTERM at the start of a preemption's grace time, or when SLURM ends the job for good, or by
-    a user; SIGINT by a user at a terminal.
+    a user; SIGINT by a user at a terminal. Where SLURM does not answer, the signal has to do, and
+    what was known of the end before.
     """
     name = signal.Signals(number).name
-    ending = status.state != "RUNNING"
+    is_known = status.state != "UNKNOWN"
+    ending = status.state != "RUNNING" if is_known else number == signal.SIGTERM
     left = kill_wait_s if ending else status.ends_in
     if left is None:
         left = _WITHOUT_END_S
-    left = max(0.0, left)
+    # An end that was known before may have been put off.
+    left = max(0.0 if is_known else kill_wait_s, left)
     teardown = min(_TEARDOWN_S, _TEARDOWN_SHARE * left)
+    at_limit = False
     if ending:
         what, requeue = "is ended by SLURM", False
     elif status.preempted:
         what, requeue = "is preempted", True
     elif number in (signal.SIGUSR1, signal.SIGUSR2):
-        what, requeue = "is near its time limit", True
+        what, requeue, at_limit = "is near its time limit", True, True
     else:
         what, requeue = "is asked to stop", False
-    return Cause(f"{allocation} {what} ({name})", requeue, left - teardown, teardown)
+    reason = f"{allocation} {what} ({name})"
+    return Cause(reason, requeue, left - teardown, teardown, at_limit)
+
+
+def combined(before: Cause, later: Cause, *, is_sooner: bool) -> Cause:
+    """What holds after a second cause: the one that leaves less time (is_sooner: the later), and
+    no requeue unless both allow it: who asked for the end wants no more of the job."""
+    return replace(later if is_sooner else before, requeue=before.requeue and later.requeue)
 
 
 def cause_of_loss(why: str, *, is_head: bool = False) -> Cause:
@@ -89,21 +103,29 @@ def checkpoints_recorded(dump_dir: Path) -> int:
     return sum(len(steps) for steps in saved)
 
 
-def why_not_requeue(plan: JobPlan, allocation: Allocation) -> str | None:
+def why_not_requeue(plan: JobPlan, allocation: Allocation, *, at_limit: bool) -> str | None:
     """None if the job may be requeued, which is recorded; else why not.
 
-    A job that has been requeued before and has saved nothing since would go on like that for ever.
+    A job that has been requeued before and has saved nothing since would go on like that for ever,
+    and so would one that begins anew and does not fit into its time. ray_jobs.prepare is always
+    requeued: it goes on with what it has finished, and the folders of that are not known here.
     """
-    if plan.script not in _SAVING:
+    begins_anew = plan.script in _BEGINNING_ANEW
+    if plan.script not in _SAVING and not (begins_anew and at_limit):
         return None
     dump_dir = Path(plan.dump_dir)
     file = dump_dir / "ray" / "slurm" / "requeued.json"
     saved = checkpoints_recorded(dump_dir)
     before = _read(file)
     if before.get("job") == allocation.job and saved <= before["saved"]:
+        if begins_anew:
+            return (
+                f"{allocation} begins anew at every start, and its time was too short twice: it "
+                "ends here. Give it more (time)"
+            )
         return (
             f"{allocation} was requeued before and has saved no checkpoint since: it ends here. "
-            "Save more often (checkpoint.dump.every), or give it more time (time, signal)"
+            "Save more often (checkpoint.dump.every), or give it more time (time, signal_s)"
         )
     write_text_atomic(file, json.dumps({"job": allocation.job, "saved": saved}) + "\n")
     return None

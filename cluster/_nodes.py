@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shlex
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,12 +37,12 @@ _TIDYING_S = 5.0
 class Node:
     """state: absent, here, claiming (ports), claimed, starting, up, lost or stopped.
 
-    taken: ports of its block that others have; why: of a lost one; gone: it is out of reach.
+    taken: ports of its block that others have; why: of a lost one; is_there: it can be reached.
     """
 
     name: str
     state: str = "absent"
-    gone: bool = False
+    is_there: bool = False
     address: str = ""
     host: str = ""
     word: str = ""
@@ -68,6 +66,7 @@ class NodeGroup:
         self.nodes = {name: Node(name) for name in allocation.nodes}
         self._srun: subprocess.Popen | None = None
         self._wire: Wire | None = None
+        self._began = time.monotonic()
 
     @property
     def head(self) -> Node:
@@ -103,18 +102,18 @@ class NodeGroup:
         """Start `cluster.node` everywhere. `tell(node, message)` is called in threads."""
         self._wire = Wire(self._shared.secret, tell)
         n = len(self.nodes)
-        gpus, container = self._plan.gpus_per_node, shlex.split(self._plan.container)
-        python = [*container, "python3"] if container else [sys.executable]
+        gpus = self._plan.gpus_per_node
         command = [
             *("srun", "--no-kill", "--overlap", "--export=ALL", f"--nodes={n}", f"--ntasks={n}"),
             *("--ntasks-per-node=1", f"--cpus-per-task={self._plan.cpus_per_node}"),
             *([f"--gres=gpu:{gpus}"] if gpus else []),
             *("--cpu-bind=none", "--kill-on-bad-exit=0", "--mpi=none", "--input=none"),
-            *("--label", "--unbuffered", *python, "-m", "cluster.node"),
+            *("--label", "--unbuffered", *self._plan.python, "-m", "cluster.node"),
             *(str(plan_file), self._allocation.attempt),
             *(node_address(self.head.name), str(self._wire.port)),
         ]
         self._output.parent.mkdir(parents=True, exist_ok=True)
+        self._began = time.monotonic()
         with open(self._output, "ab") as output:
             self._srun = subprocess.Popen(
                 command,
@@ -132,12 +131,13 @@ class NodeGroup:
         Raises RunFailedError, naming the nodes that did not come and why, or ConfigError.
         """
         deadline = time.monotonic() + self._plan.start_timeout_s
-
         self._wait(lambda: self._none("absent"), deadline, pump)
         self._check_enough("here")
         for node in self._in("here"):
             self._shared.check_answer(node.name, node.word)
         self._claim_ports(pump)
+        # Anew: a node that does not come has taken all of the time until here.
+        deadline = time.monotonic() + self._plan.start_timeout_s
         self._start([self.head], None, deadline, pump)
         if self.head.state == "up":
             self._start(self._in("claimed"), self.head_address, deadline, pump)
@@ -159,8 +159,8 @@ class NodeGroup:
         missing = "; ".join(f"{node.name}: {node.why}" for node in others)
         if self.head not in there or len(there) < self._plan.enough_nodes:
             raise RunFailedError(
-                f"{len(others)} of {len(self.nodes)} nodes did not come within "
-                f"{self._plan.start_timeout_s} s: {missing} (log: {self._output})"
+                f"{len(others)} of {len(self.nodes)} nodes did not come, after "
+                f"{time.monotonic() - self._began:.0f} s: {missing} (log: {self._output})"
             )
         if others:
             log.warning("starting without %d nodes: %s", len(others), missing)
@@ -185,8 +185,9 @@ class NodeGroup:
             if not any(node.taken for node in self._in("claimed")):
                 return
         raise RunFailedError(
-            f"port_range={list(self._plan.port_range)}: in every block some ports are taken on "
-            f"{', '.join(node.name for node in nodes if node.taken)}; use another range"
+            f"ports {self._plan.port_range[0]} to {self._plan.port_range[1]}: in every block some "
+            f"are taken on {', '.join(node.name for node in nodes if node.taken)}; end what has "
+            "them, or leave these nodes out (exclude)"
         )
 
     def _start(
@@ -202,7 +203,7 @@ class NodeGroup:
                 node.state = "starting"
                 self._send(node, "start", head=head, dashboard=self.dashboard)
             self._wait(lambda: self._none("starting"), deadline, pump)
-            nodes = [node for node in nodes if node.state == "lost" and not node.gone]
+            nodes = [node for node in nodes if node.state == "lost" and node.is_there]
             if not nodes or time.monotonic() > deadline:
                 return
             for node in nodes:
@@ -219,7 +220,7 @@ class NodeGroup:
     def on_message(self, name: str, message: Message) -> Node | None:
         """Take in what a node says; the node, if it had been up and is lost by that."""
         node, kind = self.nodes[name], message["kind"]
-        node.gone |= kind == "gone"
+        node.is_there = kind != "gone"
         if kind == "hello" and node.state == "absent":
             node.state = "here"
             node.address, node.host, node.word = (message[k] for k in ("address", "host", "word"))
@@ -294,7 +295,7 @@ class NodeGroup:
 
     def _is_over(self, node: Node) -> bool:
         """Whether nothing is to be waited for: it has stopped, never came, or is out of reach."""
-        return node.state in ("absent", "stopped") or node.gone
+        return node.state == "stopped" or not node.is_there
 
     def _send(self, node: Node, kind: str, **fields: object) -> None:
         assert self._wire is not None

@@ -1,8 +1,11 @@
 """One node's Ray: its command line, its processes, and its end.
 
 `ray start --block` runs in a session of its own, so that signals which SLURM sends to the steps of
-a job do not reach it, and dies with the process that started it, whatever ends that. `ray stop`
-would end every Ray of the host; here only processes are ended that carry this node's mark.
+a job do not reach it, and dies with the process that started it, whatever ends that. (That holds
+where SLURM signals a step's own processes only: proctrack/pgid, and proctrack/cgroup as it is by
+default. With proctrack/linuxproc, or SignalChildrenProcesses=yes in cgroup.conf, Ray gets them too
+and may end before a checkpoint.) `ray stop` would end every Ray of the host; here only processes
+are ended that carry this node's mark.
 """
 
 from __future__ import annotations
@@ -161,7 +164,7 @@ def trouble(node: RayNode, process: subprocess.Popen) -> str | None:
             f"`ray start` ended ({how(process.returncode)}): {last_words(node.output)}"
         )
     # `ray start --block` goes on without a raylet that ended with 0 or by SIGTERM.
-    names = [p.name() for p in _children(process)]
+    names = _names_of_children(process)
     if names and "raylet" not in names and is_started(node):
         return "its raylet ended"
     return None
@@ -231,10 +234,14 @@ def _ended_parts(node: RayNode) -> str:
     return ""
 
 
-def _children(process: subprocess.Popen) -> list[psutil.Process]:
+def _names_of_children(process: subprocess.Popen) -> list[str]:
+    names = []
     with contextlib.suppress(psutil.Error):
-        return psutil.Process(process.pid).children()
-    return []
+        for child in psutil.Process(process.pid).children():
+            # Ray starts short-lived processes too: one may end in between.
+            with contextlib.suppress(psutil.Error):
+                names.append(child.name())
+    return names
 
 
 def _answers(address: str, port: int) -> bool:

@@ -22,7 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import _ray_start
-from cluster._causes import Cause, cause_of_loss, cause_of_signal, exit_code, why_not_requeue
+from cluster._causes import (
+    Cause,
+    cause_of_loss,
+    cause_of_signal,
+    combined,
+    exit_code,
+    why_not_requeue,
+)
 from cluster._control import Message
 from cluster._nodes import NodeGroup
 from cluster._shared_files import SharedFiles
@@ -45,6 +52,7 @@ _TEARDOWN_S = 30.0
 # News of a lost node may come after the driver failed for it.
 _NEWS_S = 3.0
 _REQUEUED_S = 60.0
+_REQUEUE_TRIES, _REQUEUE_PAUSE_S = 5, 5.0
 
 _DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # as torchrun sets it
@@ -74,9 +82,10 @@ class _Event:
 def main(plan_file: Path) -> int:
     """Carry out the plan; returns the exit code. Raises UserFacingError."""
     allocation = this_allocation()
-    if os.environ.get("SLURMD_NODENAME") != allocation.nodes[0]:
-        _move_to(allocation.nodes[0], plan_file)
     plan = JobPlan.read(plan_file)
+    if os.environ.get("SLURMD_NODENAME") != allocation.nodes[0]:
+        command = _on_node(allocation.nodes[0], plan, plan_file)
+        os.execvp(command[0], command)
     if len(allocation.nodes) != plan.nodes:
         raise ConfigError(
             f"{plan_file}: is for {plan.nodes} nodes, {allocation} has {len(allocation.nodes)}"
@@ -91,11 +100,12 @@ def main(plan_file: Path) -> int:
     return job.requeued() if code == EXIT_STOPPED and job.is_to_go_on else code
 
 
-def _move_to(node: str, plan_file: Path) -> None:
-    """Replace this process, on another node of the allocation or outside, by one on `node`."""
-    here = [sys.executable, "-m", "cluster.allocation", str(plan_file)]
+def _on_node(node: str, plan: JobPlan, plan_file: Path) -> list[str]:
+    """The command that is this process on `node`, from elsewhere in or outside the allocation."""
     where = ["srun", "--overlap", "--no-kill", "--nodes=1", "--ntasks=1", f"--nodelist={node}"]
-    os.execvp("srun", [*where, "--cpu-bind=none", "--mpi=none", "--unbuffered", *here])
+    # Without --disable-status srun keeps the first Ctrl-C for itself.
+    how = ["--cpu-bind=none", "--mpi=none", "--unbuffered", "--disable-status"]
+    return [*where, *how, *plan.python, "-m", "cluster.allocation", str(plan_file)]
 
 
 class _Job:
@@ -114,7 +124,10 @@ class _Job:
         self._cause: Cause | None = None
         self._deadline = float("inf")
         self._lost = False
+        self._interrupted = False
         self._kill_wait = kill_wait()
+        ends_in = job_status(allocation).ends_in
+        self._ends = None if ends_in is None else time.monotonic() + ends_in
 
     def run(self) -> int:
         for number in _SIGNALS:
@@ -217,6 +230,8 @@ class _Job:
     def _take(self, event: _Event) -> None:
         if event.driver is not None:
             self._driver_code = event.driver
+        elif event.signal == signal.SIGINT:
+            self._on_interrupt()
         elif event.signal is not None:
             self._on_signal(event.signal)
         elif event.node in self._nodes.nodes and event.message is not None:
@@ -228,8 +243,18 @@ class _Job:
                 self._on_loss(lost.name, lost.why)
 
     def _on_signal(self, number: int) -> None:
-        status = job_status(self._allocation)
+        known = None if self._ends is None else self._ends - time.monotonic()
+        status = job_status(self._allocation, known)
         self._stop(cause_of_signal(number, self._allocation, status, self._kill_wait))
+
+    def _on_interrupt(self) -> None:
+        """Ctrl-C asks for the end, another one does not wait for it."""
+        if self._interrupted:
+            log.warning("interrupted again: no more time to save")
+            self._deadline = time.monotonic()
+        else:
+            self._interrupted = True
+            self._on_signal(signal.SIGINT)
 
     def _on_loss(self, name: str, why: str) -> None:
         self._lost = True
@@ -241,13 +266,15 @@ class _Job:
             self._stop(cause_of_loss(reason, is_head=is_head))
 
     def _stop(self, cause: Cause) -> None:
-        """The driver is to save and end; later causes only shorten its time."""
-        first = self._cause is None
+        """The driver is to save and end; later causes can only shorten its time, or forbid the
+        requeue."""
         deadline = time.monotonic() + cause.driver_s
-        if first or deadline < self._deadline:
-            self._cause, self._deadline = cause, min(deadline, self._deadline)
-        if not first:
+        if self._cause is not None:
+            is_sooner = deadline < self._deadline
+            self._cause = combined(self._cause, cause, is_sooner=is_sooner)
+            self._deadline = min(deadline, self._deadline)
             return
+        self._cause, self._deadline = cause, deadline
         log.info("%s: stopping, with %.0f s to save", cause.reason, cause.driver_s)
         if self._driver is None or self._driver_code is not None:
             return
@@ -270,24 +297,38 @@ class _Job:
         if not self._plan.requeue:
             print(f"{self._cause.reason}: not requeued; the same command continues", flush=True)
             return EXIT_STOPPED
-        if why := why_not_requeue(self._plan, self._allocation):
+        at_limit = self._cause.at_limit
+        if why := why_not_requeue(self._plan, self._allocation, at_limit=at_limit):
             raise RunFailedError(why)
         print(f"{self._cause.reason}: requeued", flush=True)
-        try:
-            requeue(self._allocation)
-        except RunFailedError as error:
-            print(f"{error}; submit the job again to continue", flush=True)
-            return EXIT_STOPPED
-        # SLURM ends this process. One that ended before that could be taken for a finished job.
-        with contextlib.suppress(queue.Empty):
-            while self._events.get(timeout=_REQUEUED_S).signal is None:
-                pass
+        for left in reversed(range(_REQUEUE_TRIES)):
+            try:
+                requeue(self._allocation)
+            except RunFailedError as error:
+                again = "trying again" if left else "submit the job again to continue"
+                print(f"{error}; {again}", flush=True)
+                # It may have been understood although the answer did not come.
+                if not left or self._is_signalled_within(_REQUEUE_PAUSE_S):
+                    break
+            else:
+                # SLURM ends this process. One that ended before could be taken for a finished job.
+                self._is_signalled_within(_REQUEUED_S)
+                break
         return EXIT_STOPPED
+
+    def _is_signalled_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left = max(0.0, deadline - time.monotonic())
+                if self._events.get(timeout=left).signal is not None:
+                    return True
+        return False
 
 
 def _environment(plan: JobPlan, shared: SharedFiles) -> dict[str, str]:
     """The environment of everything that runs in the job; the user's own values win."""
-    found = {**_DEFAULTS, **os.environ, **plan.environment}
+    found = {**_DEFAULTS, **os.environ}
     found.pop("RAY_ADDRESS", None)
     path = [plan.code, *filter(None, [found.get("PYTHONPATH")])]
     return found | {

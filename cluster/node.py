@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,12 +58,22 @@ def main(plan_file: str, attempt: str, host: str, port: str) -> int:
         raise RunFailedError(f"{name}: no way to {host}:{port}: {reason(error)}") from error
     folder = _own_folder(plan.temp_root, attempt, name)
     try:
-        node = _Node(plan, name, attempt, folder, connection, signals)
-        node.hello(word)
-        node.serve()
+        _Node(plan, name, attempt, folder, connection, signals).serve(word)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+class _Gone(Exception):
+    """The allocation cannot be reached any more."""
+
+
+@contextlib.contextmanager
+def _on_the_wire() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise _Gone from error
 
 
 class _Node:
@@ -88,30 +99,48 @@ class _Node:
         self._process: subprocess.Popen | None = None
         self._is_up = False
 
-    def hello(self, word: str) -> None:
-        """Say who and where this node is."""
-        self._send("hello", node=self._name, address=self._address, host=_this_machine(), word=word)
+    def serve(self, word: str) -> None:
+        """Do what is asked until the end; the node's Ray is gone when this returns.
 
-    def serve(self) -> None:
-        """Do what is asked until the end; the node's Ray is gone when this returns."""
+        word: what this node has written for the first to read.
+        """
         grace = _CUT_GRACE_S
+        host = _this_machine()
         try:
+            self._send("hello", node=self._name, address=self._address, host=host, word=word)
             while True:
-                if self._connection.poll(_BEAT_S):
-                    message = _control.receive(self._connection)
-                    if message["kind"] == "stop":
-                        grace = message["grace_s"]
-                        return
-                    self._do(message)
+                message = self._next()
+                if message is not None and message["kind"] == "stop":
+                    grace = message["grace_s"]
+                    return
                 while self._signals:
                     self._send("signal", number=self._signals.pop(0))
-                self._look()
-        except (OSError, EOFError):
+                self._turn(message)
+        except _Gone:
             print(f"{self._name}: the allocation is gone", flush=True)
         finally:
             self._end(grace)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(_Gone):
                 self._send("stopped")
+
+    def _next(self) -> Message | None:
+        with _on_the_wire():
+            if self._connection.poll(_BEAT_S):
+                return _control.receive(self._connection)
+        return None
+
+    def _turn(self, message: Message | None) -> None:
+        """Do what is asked and see how Ray is; what the system refuses is the end of this Ray."""
+        try:
+            if message is not None:
+                self._do(message)
+            self._look()
+        except OSError as error:
+            process, self._process = self._process, None
+            if process is not None:
+                with contextlib.suppress(OSError):
+                    _ray_start.end(process, self._mark, 0)
+            self._send("lost", why=reason(error))
 
     def _do(self, message: Message) -> None:
         if message["kind"] == "claim":
@@ -151,7 +180,8 @@ class _Node:
         )
 
     def _send(self, kind: str, **fields: object) -> None:
-        _control.send(self._connection, {"kind": kind, **fields})
+        with _on_the_wire():
+            _control.send(self._connection, {"kind": kind, **fields})
 
 
 def _read_shared(shared: SharedFiles, name: str) -> tuple[bytes, str]:
@@ -183,14 +213,14 @@ def _own_folder(temp_root: str, attempt: str, name: str) -> Path:
                 shutil.rmtree(old)
     try:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=temp_root))
+        try:
+            _ray_start.check_folder(folder)
+            (folder / _OWNER).write_text(str(os.getpid()))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     except OSError as error:
         raise RunFailedError(f"temp_root={temp_root} on {name}: {reason(error)}") from error
-    try:
-        _ray_start.check_folder(folder)
-    except RunFailedError:
-        folder.rmdir()
-        raise
-    (folder / _OWNER).write_text(str(os.getpid()))
     return folder
 
 

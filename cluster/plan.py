@@ -1,15 +1,16 @@
 """What the launcher decided and the allocation carries out, as one readable JSON file.
 
-The launcher writes it at every submission (a run's plan is `<dump_dir>/ray/slurm/plan.json`, that
-of task I of an array `<array folder>/plans/<I>.json`); the allocation only reads it. Imports
-nothing heavy: login nodes read it too.
+The launcher writes it at every submission, as `<dump_dir>/ray/slurm/plan.json`; the allocation only
+reads it. Imports nothing heavy: login nodes read it too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,7 +31,6 @@ class JobPlan:
     port_range: ports [first, last) of which every job takes a block.
     temp_root: short folder on each node's own disk.
     container: command before which `python3` runs in a container on each node, "" without one.
-    environment: further variables of everything that runs in the job.
     """
 
     script: str
@@ -46,11 +46,16 @@ class JobPlan:
     port_range: tuple[int, int] = (20000, 32000)
     temp_root: str = "/tmp"
     container: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def enough_nodes(self) -> int:
         return self.min_nodes or self.nodes
+
+    @property
+    def python(self) -> list[str]:
+        """The interpreter on the nodes: the container's if there is one, else this one."""
+        container = shlex.split(self.container)
+        return [*container, "python3"] if container else [sys.executable]
 
     def write(self, path: Path) -> None:
         """Write the plan, replacing the one of an earlier submission."""
@@ -80,7 +85,7 @@ def _from_json(path: Path, values: dict[str, Any]) -> JobPlan:
     for name, hint in get_type_hints(JobPlan).items():
         expected = getattr(hint, "__origin__", hint)
         if name not in values:
-            if known[name].default is known[name].default_factory is dataclasses.MISSING:
+            if known[name].default is dataclasses.MISSING:
                 raise ConfigError(f"{path}: {name} is missing; submit the job again")
         elif type(values[name]) is not expected:
             raise ConfigError(

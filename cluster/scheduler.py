@@ -77,14 +77,14 @@ class JobStatus:
     ends_in: float | None
 
 
-def job_status(allocation: Allocation) -> JobStatus:
-    """How the job stands; state UNKNOWN if SLURM does not answer."""
+def job_status(allocation: Allocation, ends_in: float | None = None) -> JobStatus:
+    """How the job stands; state UNKNOWN, and `ends_in` for its end, if SLURM does not answer."""
     try:
         command = ("scontrol", "--oneliner", "show", "job", allocation.job)
         shown = _run(*command, timeout=_STATUS_TIMEOUT_S)
     except RunFailedError as error:
         log.warning("%s", error)
-        return JobStatus("UNKNOWN", False, None)
+        return JobStatus("UNKNOWN", False, ends_in)
     return parse_status(shown, time.time())
 
 

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_nodes_that_do_not_come_are_named_with_their_last_words(tmp_path: Path) 
     with pytest.raises(RunFailedError) as raised:
         nodes._check_enough("here")
     message = str(raised.value)
-    assert "3 of 4 nodes did not come" in message
+    assert "3 of 4 nodes did not come, after 0 s" in message
     assert "n1: error: n[1,3]: tasks 1,3: Exited with exit code 2" in message
     assert "n2: ModuleNotFoundError: No module named 'cluster'" in message
     assert "n3: error: dump_dir: n3 does not see what the first node wrote" in message
@@ -121,6 +122,42 @@ def test_ray_that_ends_while_it_starts_is_started_again(tmp_path: Path) -> None:
         nodes._wire.close()
     assert {node.name: node.state for node in started} == {"n1": "up", "n2": "up", "n3": "lost"}
     assert nodes.nodes["n3"].why == "its raylet ended"
+
+
+@pytest.mark.timeout(60)
+def test_nodes_that_never_come_take_no_time_from_ray_and_are_not_waited_for(tmp_path: Path) -> None:
+    nodes = group(tmp_path, enough=2)
+    nodes._plan = replace(nodes._plan, start_timeout_s=1)
+    nodes._shared.create()
+    heard: queue.Queue = queue.Queue()
+    nodes._wire = Wire(b"key", lambda name, message: heard.put((name, message)))
+    nodes._srun = subprocess.Popen(["sleep", "60"])
+    for name in ("n0", "n1"):
+        word = nodes._shared.answer(name)
+        threading.Thread(target=obey, args=(nodes._wire.port, name, word), daemon=True).start()
+    pump = functools.partial(pump_from, nodes, heard)
+    try:
+        nodes.bring_up(pump)
+    finally:
+        nodes._srun.kill()
+        nodes._srun.wait()
+    assert [node.state for node in nodes.nodes.values()] == ["up", "up", "lost", "lost"]
+    began = time.monotonic()
+    nodes.take_down(30, pump)
+    assert time.monotonic() - began < 5
+
+
+def obey(port: int, name: str, word: str) -> None:
+    """A node that does what it is asked; its Ray takes a moment."""
+    connection = _control.connect("127.0.0.1", port, b"key")
+    hello = {"kind": "hello", "node": name, "address": "10.0.0.9", "host": name, "word": word}
+    _control.send(connection, hello)
+    kind = ""
+    while kind != "stop":
+        kind = _control.receive(connection)["kind"]
+        time.sleep(0.3 if kind == "start" else 0)
+        said = {"claim": "claimed", "start": "ready", "stop": "stopped"}[kind]
+        _control.send(connection, {"kind": said, "taken": []})
 
 
 def answer(port: int, name: str, script: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,6 @@ PLAN = JobPlan(
     gpus_per_node=1,
     min_nodes=1,
     port_range=(21000, 22000),
-    environment={"HF_HUB_OFFLINE": "1"},
 )
 
 
@@ -29,6 +30,12 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     PLAN.write(file)
     assert JobPlan.read(file) == PLAN
     assert PLAN.enough_nodes == 1
+
+
+def test_python_on_the_nodes_is_that_of_the_container() -> None:
+    assert PLAN.python == [sys.executable]
+    inside = replace(PLAN, container="apptainer exec 'my image.sif'").python
+    assert inside == ["apptainer", "exec", "my image.sif", "python3"]
 
 
 @pytest.mark.parametrize(

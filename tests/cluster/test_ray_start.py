@@ -130,6 +130,24 @@ def test_trouble_says_why(tmp_path: Path) -> None:
         blocked.wait()
 
 
+def test_a_child_that_ends_while_it_is_asked_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = node(None, str(tmp_path))
+    started.output.write_text("Ray runtime started.\n")
+    gone = subprocess.Popen(SLEEP)
+    children = [psutil.Process(gone.pid)]
+    gone.kill()
+    gone.wait()
+    monkeypatch.setattr(psutil.Process, "children", lambda self: children)
+    blocked = subprocess.Popen(SLEEP)
+    try:
+        assert _ray_start.trouble(started, blocked) is None
+    finally:
+        blocked.kill()
+        blocked.wait()
+
+
 def test_last_words_of_nothing(tmp_path: Path) -> None:
     assert _ray_start.last_words(tmp_path / "none") == "it said nothing"
     assert _ray_start.how(-9) == "SIGKILL"

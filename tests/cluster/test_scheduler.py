@@ -82,7 +82,7 @@ def test_the_address_of_a_node(commands: Path, shown: str, expected: str) -> Non
 def test_a_controller_that_is_away_ends_nothing(commands: Path) -> None:
     put(commands, "scontrol", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     allocation = Allocation("7", 0, ("n0",))
-    assert scheduler.job_status(allocation).state == "UNKNOWN"
+    assert scheduler.job_status(allocation, 90.0) == JobStatus("UNKNOWN", False, 90.0)
     assert scheduler.kill_wait() == 30
     with pytest.raises(RunFailedError, match="scontrol requeue 7: slurm_load_jobs error"):
         scheduler.requeue(allocation)
