@@ -19,18 +19,18 @@ from cluster.options import LaunchConfig, unknown
 from modular_lm.config import JOBS, SweepConfig, TrainConfig, load_config
 from modular_lm.config.checks import dump_dir_of, world_sizes
 from modular_lm.config.load import from_dict
-from modular_lm.data.builtin import BUILTIN
+from modular_lm.data.builtin import BUILTIN, builtin_folder
 from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.errors import ConfigError
 from modular_lm.sweep.trials import check_baseline, plan_sweep
-from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.run import open_run, resolve_config
 
 log = logging.getLogger(__name__)
 
-# Keys whose text is a path, by their last part; the text of `_MAYBE` can be a name instead.
-_PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path")
-_MAYBE = ("path", "src")
+# Keys whose text is a path, by their end; the text of `_MAYBE` can be a name instead.
+_PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path", "checkpoint.path")
+_MAYBE = ("tokenizer.path", "src")
+_SQLITE = "sqlite:///"
 # CPUs beside those of the workers: the driver and tasks of Ray Data.
 _SPARE_CPUS = 2
 
@@ -136,10 +136,10 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
     resolved, tokenizer = resolve_config(replace(config, dump_dir=looked_at))
     workers = world_sizes(resolved.ray)
     complete = False
-    if RunFolder(looked_at).last_event("created") or BUILTIN not in source_names(resolved.data):
-        complete = open_run(resolved, tokenizer, workers[1]).is_complete
-    else:
+    if BUILTIN in source_names(resolved.data) and not builtin_folder(resolved.data.tokenizer)[1]:
         check_sources(resolved.data, tokenizer)  # the job itself makes the built-in corpus
+    else:
+        complete = open_run(resolved, tokenizer, workers[1]).is_complete
     return Job(
         script=options.script,
         given={**given, "dump_dir": str(dump_dir)},
@@ -162,18 +162,27 @@ def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, An
     return Job(options.script, {**shared, **own}, folder, config.name)
 
 
-def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+def _with_absolute_paths(values: dict[str, Any], prefix: str = ".") -> dict[str, Any]:
     """The config for a job that runs in another folder."""
     changed = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            value = _with_absolute_paths(value)
-        elif isinstance(value, str) and value and "://" not in value:
-            path = os.path.abspath(os.path.expanduser(value))
-            if name in _PATHS or (name in _MAYBE and os.path.exists(path)):
-                value = path
+            value = _with_absolute_paths(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value:
+            value = _absolute(f"{prefix}{name}", value)
         changed[name] = value
     return changed
+
+
+def _absolute(key: str, value: str) -> str:
+    """The value of a key that begins with a dot, absolute where it is a relative path."""
+    if key.endswith(".tracking_uri") and value.startswith(_SQLITE):
+        return _SQLITE + os.path.abspath(value.removeprefix(_SQLITE))
+    path = os.path.abspath(os.path.expanduser(value))
+    if "://" in value or not key.endswith(tuple(f".{end}" for end in (*_PATHS, *_MAYBE))):
+        return value
+    is_name = key.endswith(tuple(f".{end}" for end in _MAYBE)) and not os.path.exists(path)
+    return value if is_name else path
 
 
 def _folder(text: str) -> Path:
