@@ -56,8 +56,8 @@ def training_findings(config: TrainConfig, device_gib: float | None) -> list[Fin
     try:
         tokenizer = build_tokenizer(config.data.tokenizer)
         found.append(Finding("tokenizer", "ok", f"{tokenizer.name}, {tokenizer.n_words:,} tokens"))
-    except UserFacingError as error:
-        found.append(Finding("tokenizer", "error", str(error)))
+    except (UserFacingError, OSError) as error:
+        found.append(Finding("tokenizer", "error", reason(error)))
     resolved, row = _resolved(config, tokenizer)
     found.append(row)
     found += _data(config, tokenizer)
@@ -101,13 +101,13 @@ def _data(config: TrainConfig, tokenizer: Tokenizer | None) -> list[Finding]:
         return found
     if tokenizer is None:
         return [*found, Finding("data", "warning", "not checked: that needs the tokenizer")]
+    root = Path(config.data.root_dir or "").expanduser()
     try:
         check_sources(config.data, tokenizer)
-    except UserFacingError as error:
-        return [*found, Finding("data", "error", str(error))]
-    root = Path(config.data.root_dir or "").expanduser()
-    for name in named:
-        manifest = Manifest.load(root / name)
+        manifests = [Manifest.load(root / name) for name in named]
+    except (UserFacingError, OSError) as error:
+        return [*found, Finding("data", "error", reason(error))]
+    for name, manifest in zip(named, manifests, strict=True):
         text = f"{name}: {manifest.train.tokens:,} tokens, this tokenizer's"
         found.append(Finding("data", "ok", f"{text} (fingerprint {manifest.fingerprint[:12]})"))
         if config.eval.validation.max_docs and not manifest.val.documents:

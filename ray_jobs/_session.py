@@ -53,6 +53,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """
     _environment()
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield
@@ -63,7 +64,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
             _join()
         else:
             _start(num_cpus or max(4, os.cpu_count() or 1))
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    # RayError: a token that is missing or wrong.
+    except (RayError, RuntimeError, ValueError, OSError) as error:
         where = os.environ.get("RAY_ADDRESS", "a new one on this machine")
         raise RunFailedError(f"no Ray session (RAY_ADDRESS: {where}): {reason(error)}") from error
     # Ray makes SIGTERM end the process at once; the caller may have had other plans.

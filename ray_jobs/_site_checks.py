@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import importlib.metadata
 import json
 import os
@@ -233,8 +234,8 @@ def mlflow_finding(config: TrainConfig, folder: Path) -> Finding:
         return Finding("mlflow", "ok", "logging.mlflow.enabled=false: the run's files are all")
     try:
         uri = tracking_uri(c.tracking_uri, folder)
-    except UserFacingError as error:
-        return Finding("mlflow", "error", str(error))
+    except (UserFacingError, ValueError) as error:
+        return Finding("mlflow", "error", reason(error))
     if uri.startswith("sqlite:///"):
         return _sqlite(Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
     if uri.startswith(("http://", "https://")):
@@ -260,30 +261,32 @@ def _sqlite(file: Path) -> Finding:
 
 def _file_system(folder: Path) -> str:
     """The type of the file system of a folder, "" where that cannot be told."""
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:
+        return ""
     mounts = {p.mountpoint: p.fstype for p in psutil.disk_partitions(all=True)}
     return next((mounts[str(p)] for p in (folder, *folder.parents) if str(p) in mounts), "")
 
 
 def _server(uri: str) -> Finding:
-    request = urllib.request.Request(
-        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    )
+    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     name, password = (os.environ.get(f"MLFLOW_TRACKING_{x}") for x in ("USERNAME", "PASSWORD"))
+    headers = {}
     if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
+        headers["Authorization"] = f"Bearer {token}"
     elif name and password:
         coded = base64.b64encode(f"{name}:{password}".encode()).decode()
-        request.add_header("Authorization", f"Basic {coded}")
+        headers["Authorization"] = f"Basic {coded}"
     try:
+        request = urllib.request.Request(address, headers=headers)
         with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
             json.load(answer)
     except urllib.error.HTTPError as error:
         text = f"{uri}: answers {error.code} {error.reason}"
         advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, and the server's --allowed-hosts"
         return Finding("mlflow", "error" if error.code in (401, 403) else "warning", text, advice)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         advice = "the run will keep all in its files, and the same command sends it later"
         return Finding("mlflow", "warning", f"{uri}: no MLflow answers: {reason(error)}", advice)
     return Finding("mlflow", "ok", uri)
@@ -312,8 +315,10 @@ def network_finding(needs: dict[str, bool]) -> Finding:
 
 def gpu_finding(use_gpu: bool | None, workers: int) -> Finding:
     """The GPUs of this machine against what is asked for."""
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding("gpu", "error", f"torch cannot be imported: {reason(error)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     text = f"{count} on this machine for {workers} workers" if count else "none on this machine"
     if use_gpu and count < workers:
@@ -324,10 +329,15 @@ def gpu_finding(use_gpu: bool | None, workers: int) -> Finding:
 
 
 def device_gib(use_gpu: bool | None, workers: int) -> float | None:
-    """Memory in GiB for one worker on this machine: a GPU's, else a share of the main memory."""
-    import psutil
-    import torch
+    """Memory in GiB for one worker on this machine: a GPU's, else a share of the main memory.
 
+    None where it cannot be told.
+    """
+    try:
+        import psutil
+        import torch
+    except (ImportError, OSError):
+        return None
     if use_gpu is not False and torch.cuda.is_available():
         if torch.cuda.device_count() >= workers:
             return torch.cuda.get_device_properties(0).total_memory / 2**30

@@ -29,11 +29,11 @@ from modular_lm.config import (
     TrainConfig,
     load_config,
 )
-from modular_lm.config.checks import dump_dir_of, world_sizes
+from modular_lm.config.checks import dump_dir_of
 from modular_lm.config.load import from_dict
 from modular_lm.data.hub import on_disk
 from modular_lm.data.prepare import plan_sources
-from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserFacingError
+from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserFacingError, reason
 from modular_lm.submission import check_lasting
 from modular_lm.sweep.trials import plan_sweep
 from ray_jobs._checks import Finding, dump_dir_finding, training_findings
@@ -100,7 +100,9 @@ def _sweep(config: SweepConfig, given: dict[str, Any], device: float | None) -> 
 
 
 def _train(config: TrainConfig, device: float | None) -> list[Finding]:
-    workers, use_gpu = world_sizes(config.ray)[0], config.ray.use_gpu
+    sizes, use_gpu = config.ray.num_workers, config.ray.use_gpu
+    # Its row says it where these make no sense; what is around the job is looked at all the same.
+    workers = max(1, sizes if isinstance(sizes, int) else min(sizes, default=1))
     folder = Path(dump_dir_of(config)).expanduser().absolute()
     here = not os.environ.get("RAY_ADDRESS")
     found = training_findings(config, device or (device_gib(use_gpu, workers) if here else None))
@@ -126,8 +128,8 @@ def _prepare(config: PrepareConfig) -> list[Finding]:
             for plan in sources:
                 state = "done already" if plan.done else "to be prepared"
                 found.append(Finding("data", "ok", f"{plan.folder.name}: {state}"))
-        except UserFacingError as error:
-            found.append(Finding("data", "error", str(error)))
+        except (UserFacingError, OSError) as error:
+            found.append(Finding("data", "error", reason(error)))
     folder = Path(config.dst or ".").expanduser().absolute()
     if config.dst is not None:
         found.append(dump_dir_finding(folder))

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,21 @@ def test_after_an_unknown_key_the_rest_is_still_looked_at(examine: Examine) -> N
     assert text_of(rows, "config") == "unknown key modle: did you mean model?"
     assert levels(rows, "versions") == {"ok"}
     assert "ok" in levels(rows, "ray")
+
+
+def test_what_cannot_be_read_or_imported_is_a_row(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "wiki" / "manifest.json").mkdir()  # stands for one that may not be read
+    data = [f"data.root_dir={tmp_path}", "data.sources={wiki: 1}"]
+    code, rows = examine(DEBUG, *data, "ray.num_workers=[2]")
+    assert code == 2
+    assert "expected a number, or [min,max]" in text_of(rows, "config")
+    assert text_of(rows, "gpu").startswith("torch cannot be imported")
+    assert levels(rows, "data") == {"error"}
 
 
 def test_after_a_contradiction_data_and_folders_are_still_looked_at(
@@ -255,6 +271,10 @@ def test_mlflow_that_is_away_unfit_or_unwanted(
     assert "not a database" in text_of(examine(DEBUG)[1], "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
     assert "does not write plain folders" in text_of(examine(DEBUG)[1], "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[x")
+    assert "Invalid IPv6 URL" in text_of(examine(DEBUG)[1], "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:port")
+    assert "no MLflow answers: nonnumeric port" in text_of(examine(DEBUG)[1], "mlflow", "warning")
     assert examine(DEBUG, "logging.mlflow.enabled=false")[0] == 0
 
 
