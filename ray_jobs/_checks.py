@@ -29,7 +29,7 @@ from modular_lm.submission import check_lasting
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.dry_run import memory_estimate
-from modular_lm.train.inventory import COMPLETE, complete_steps, step_folder
+from modular_lm.train.inventory import COMPLETE, checkpoints_of, complete_steps, step_folder
 from modular_lm.train.run import open_run, resolve_config
 
 Level = Literal["ok", "warning", "error"]
@@ -172,9 +172,11 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def disk_finding(config: TrainConfig, folder: Path) -> Finding:
-    """Whether the checkpoints to come fit on the disk. Quotas are not seen."""
-    there = existing_parent(folder)
-    checkpoints = RunFolder(folder).checkpoints
+    """Whether the checkpoints to come fit on the disk that is to hold them. Quotas are not seen."""
+    checkpoints = checkpoints_of(config.checkpoint, folder)
+    if not isinstance(checkpoints, Path):
+        return Finding("disk", "ok", f"checkpoint.path={checkpoints}: not checked")
+    there = existing_parent(checkpoints.absolute())
     sizes = [_size(step_folder(checkpoints, step)) for step in complete_steps(checkpoints)]
     each = max(sizes, default=0) or checkpoint_bytes(config)
     count = checkpoints_at_once(config)

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -33,6 +34,7 @@ from modular_lm.errors import UserFacingError, reason
 from modular_lm.submission import submission
 from modular_lm.tracking.mlflow_projection import tracking_uri
 from ray_jobs._checks import Finding, existing_parent
+from ray_jobs._session import SHORT_STOP_S
 
 _SOCKET_LIMIT = 107
 # What Ray puts behind its temporary folder; PIDs have up to seven digits, sockets a number.
@@ -42,6 +44,8 @@ _ENOUGH_FILES = 4096
 _PROBE_S = 90
 _ANSWER_S = 6
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Of sbatch, where they are not named as the option.
+_VARIABLES = {"time": "TIMELIMIT"}
 _NETWORK_DISKS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "fuse.sshfs", "ceph")
 
 
@@ -168,7 +172,7 @@ def _token() -> list[Finding]:
 
 def _stop_wait() -> list[Finding]:
     job = submission()
-    if job is None or job.stop_wait_s >= 30:
+    if job is None or job.stop_wait_s >= SHORT_STOP_S:
         return []
     text = f"`ray job stop` kills this job after {job.stop_wait_s} s"
     return [Finding("ray", "warning", text, "submit it with cluster/runtime_env.yaml")]
@@ -213,8 +217,11 @@ def slurm_findings(script: Path | None) -> list[Finding]:
         text = f"{script}: not checked, there is no sbatch on this machine"
         return [Finding("slurm", "warning", text, "run the doctor on a login node")]
     command = [sbatch, "--test-only", str(script)]
+    # Variables of sbatch would win over the script's lines; the launcher submits without them too.
+    given = _given_by(script)
+    env = {name: value for name, value in os.environ.items() if name not in given}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [Finding("slurm", "error", f"sbatch --test-only: {reason(error)}")]
     said = " ".join(done.stderr.split()) or "sbatch --test-only said nothing"
@@ -222,6 +229,13 @@ def slurm_findings(script: Path | None) -> list[Finding]:
         text = f"{script}: refused: {said}"
         return [Finding("slurm", "error", text, "correct the #SBATCH lines, or the site profile")]
     return [Finding("slurm", "ok", said.removeprefix("sbatch: "))]
+
+
+def _given_by(script: Path) -> set[str]:
+    """The variables of sbatch for options that the script's lines give."""
+    given = re.findall(r"^#SBATCH\s+--([\w-]+)", script.read_text(errors="replace"), re.MULTILINE)
+    names = {option: option.upper().replace("-", "_") for option in given}
+    return {f"SBATCH_{_VARIABLES.get(option, name)}" for option, name in names.items()}
 
 
 # ------------------------------------------------------------------ MLflow
@@ -301,15 +315,17 @@ def offline() -> list[str]:
     return [name for name in _OFFLINE if os.environ.get(name, "").lower() not in off]
 
 
-def network_finding(needs: dict[str, bool]) -> Finding:
-    """What the job needs from the network, by name, and whether it is on disk already."""
+def network_finding(needs: dict[str, bool], advice: str = "") -> Finding:
+    """What the job needs from the network, by name, and whether it is on disk already.
+
+    advice: how to get what is not.
+    """
     missing = [what for what, is_there in needs.items() if not is_there]
     switches = offline()
     mode = f"offline ({', '.join(switches)})" if switches else "online"
     if not missing:
         return Finding("network", "ok", f"{mode}; the job needs nothing that is not on disk")
     text = f"{mode}; not on disk: {', '.join(missing)}"
-    advice = "where there is internet run the same job with download_only=true"
     return Finding("network", "error" if switches else "warning", text, advice)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import json
 import logging
 import os
 import sys
@@ -54,7 +55,7 @@ _OWN = ("script", "device_memory")
 def diagnose(rest: Sequence[str], config: DoctorConfig, given: dict[str, Any]) -> int:
     """The job: all findings about the job whose arguments are `rest`; returns the exit code."""
     script = Path(config.script) if Path(config.script).is_file() else None
-    module = "ray_jobs.train" if script else config.script
+    module = _started_by(script) if script else config.script
     if module not in JOBS:
         close = difflib.get_close_matches(module, JOBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(JOBS)}"
@@ -63,6 +64,14 @@ def diagnose(rest: Sequence[str], config: DoctorConfig, given: dict[str, Any]) -
         found = [*version_findings(), *_job(JOBS[module], rest, config), *slurm_findings(script)]
     print(format_table(found), flush=True)
     return EXIT_BAD_INPUT if any(row.level == "error" for row in found) else EXIT_DONE
+
+
+def _started_by(script: Path) -> str:
+    """The job of a batch script: the plan beside one of our launcher's names it, else training."""
+    try:
+        return json.loads((script.parent / "ray" / "slurm" / "plan.json").read_text())["script"]
+    except (OSError, ValueError, KeyError):
+        return "ray_jobs.train"
 
 
 def _job(cls: type, rest: Sequence[str], own: DoctorConfig) -> list[Finding]:
@@ -113,7 +122,8 @@ def _train(config: TrainConfig, device: float | None) -> list[Finding]:
     named = token.name == "tiktoken" and not Path(token.path or "").expanduser().is_file()
     # A rank file by name is in tiktoken's cache by now, or its row says that it cannot be had.
     cached = all(row.level != "error" for row in found if row.check == "tokenizer")
-    found.append(network_finding({f"tiktoken {token.path}": cached} if named else {}))
+    advice = "where there is internet run this, with TIKTOKEN_CACHE_DIR set to a folder of both"
+    found.append(network_finding({f"tiktoken {token.path}": cached} if named else {}, advice))
     return [*found, mlflow_finding(config, folder)]
 
 
@@ -121,7 +131,8 @@ def _prepare(config: PrepareConfig) -> list[Finding]:
     found = [_loaded(config)]
     needs = on_disk(config)
     if needs:
-        found.append(network_finding(needs))
+        advice = "where there is internet run the same job with download_only=true"
+        found.append(network_finding(needs, advice))
     else:
         try:
             sources = [] if config.src == "builtin" else plan_sources(config)

@@ -18,7 +18,7 @@ from modular_lm.config.schema import PrepareConfig
 from modular_lm.data.prepare import prepare_sources
 from modular_lm.train.inventory import COMPLETE, complete_steps, retain, step_folder
 from ray_jobs import doctor
-from ray_jobs._checks import checkpoints_at_once
+from ray_jobs._checks import checkpoints_at_once, disk_finding
 from ray_jobs._site_checks import version_findings
 from tests.slurm import Slurm
 from tests.support import REPO, free_ports
@@ -166,12 +166,16 @@ def test_a_folder_that_cannot_be_made(examine: Examine, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} <= {"file", "here", "cache"}
 
 
-def test_too_many_checkpoints_for_the_disk(examine: Examine) -> None:
+def test_too_many_checkpoints_for_the_disk(examine: Examine, tmp_path: Path) -> None:
     huge = ["model.dim=65536", "model.n_layers=400", "model.n_heads=64", "checkpoint.dump.keep=-1"]
     code, rows = examine(DEBUG, *huge)
     assert code == 2
     assert re.match(r"4 checkpoints of [\d,.]+ GiB need", text_of(rows, "disk"))
     assert "per worker" in text_of(rows, "memory")
+    _, rows = examine(DEBUG, *huge, f"checkpoint.path={tmp_path}/saved")
+    assert f"more, {tmp_path} has" in text_of(rows, "disk")
+    config, _ = load_config(TrainConfig, ["checkpoint.path=s3://bucket/x"])
+    assert disk_finding(config, tmp_path).text == "checkpoint.path=s3://bucket/x: not checked"
 
 
 @pytest.mark.parametrize(
@@ -302,6 +306,24 @@ def test_a_batch_script_without_slurm_and_a_script_that_is_no_job(
     code, rows = examine(DEBUG, "script=ray_jobs.trian")
     assert code == 2
     assert "did you mean ray_jobs.train?" in rows[""][0][1]
+
+
+def test_a_batch_script_is_taken_for_its_own_job_and_not_for_sbatchs_variables(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, plan = tmp_path / "submit.slurm", tmp_path / "ray" / "slurm" / "plan.json"
+    script.write_text("#!/bin/bash\n#SBATCH --account=a\n#SBATCH --time=3\n")
+    plan.parent.mkdir(parents=True)
+    plan.write_text('{"script": "ray_jobs.sweep"}')
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\nenv | grep ^SBATCH_ >&2\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("ACCOUNT", "TIMELIMIT", "QOS"):
+        monkeypatch.setenv(f"SBATCH_{name}", "theirs")
+    _, rows = examine(f"script={script}", f"config={REPO}/configs/ablation_debug.yaml")
+    assert "3 variants" in text_of(rows, "sweep", "ok")
+    assert text_of(rows, "slurm", "ok") == "SBATCH_QOS=theirs"
 
 
 def test_packages_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
