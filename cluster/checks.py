@@ -22,8 +22,11 @@ from modular_lm.config.load import from_dict
 from modular_lm.data.builtin import BUILTIN, builtin_folder
 from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.errors import ConfigError
+from modular_lm.storage import place
 from modular_lm.sweep.trials import check_baseline, plan_sweep
+from modular_lm.train.inventory import newest_step
 from modular_lm.train.run import open_run, resolve_config
+from ray_jobs._session import SPARE_CPUS
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +34,6 @@ log = logging.getLogger(__name__)
 _PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path", "checkpoint.path")
 _MAYBE = ("tokenizer.path", "src")
 _SQLITE = "sqlite:///"
-# CPUs beside those of the workers: the driver and tasks of Ray Data.
-_SPARE_CPUS = 2
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def fit(options: LaunchConfig, job: Job) -> LaunchConfig:
     if most < all_gpus:
         log.warning("ray.num_workers=%d: %d of %d GPUs stay idle", most, all_gpus - most, all_gpus)
     per_node = math.ceil(most / options.nodes) * job.cpus_per_worker
-    cpus = options.cpus_per_node or per_node + _SPARE_CPUS
+    cpus = options.cpus_per_node or per_node + SPARE_CPUS
     needed = most * job.cpus_per_worker + 1
     if cpus < per_node or options.nodes * cpus < needed:
         raise ConfigError(
@@ -133,6 +134,8 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
     dump_dir = _folder(dump_dir_of(config))
     # A run that is to be deleted is none that could be continued.
     looked_at = str(dump_dir / ".afresh" if afresh else dump_dir)
+    if afresh:
+        config = _without_checkpoints(config)
     resolved, tokenizer = resolve_config(replace(config, dump_dir=looked_at))
     workers = world_sizes(resolved.ray)
     complete = False
@@ -149,6 +152,20 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
         cpus_per_worker=resolved.ray.cpus_per_worker,
         complete=complete,
     )
+
+
+def _without_checkpoints(config: TrainConfig) -> TrainConfig:
+    """The config as if `checkpoint.path`, of which nothing is deleted, were not there.
+
+    Raises ConfigError if it holds checkpoints, which the new run would go on from, or not fit.
+    """
+    path = config.checkpoint.path
+    if path is not None and newest_step(place(path)):
+        raise ConfigError(
+            f"override=true: deletes nothing in checkpoint.path={path}, which holds checkpoints; "
+            "delete them yourself, or choose another place"
+        )
+    return replace(config, checkpoint=replace(config.checkpoint, path=None))
 
 
 def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, Any]) -> Job:
@@ -188,4 +205,10 @@ def _absolute(key: str, value: str) -> str:
 def _folder(text: str) -> Path:
     if not text or "://" in text:
         raise ConfigError(f"dump_dir={text}: must be a folder that all nodes share")
-    return Path(text).expanduser().resolve()
+    folder = Path(text).expanduser().resolve()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"dump_dir={folder}: {there} cannot be written; choose another folder")
+    if not there.is_dir() and there != folder:
+        raise ConfigError(f"dump_dir={folder}: {there} is a file; choose another folder")
+    return folder
