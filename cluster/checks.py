@@ -172,7 +172,7 @@ def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, An
     plan = plan_sweep(config, given)
     check_baseline(plan)
     # With the keys of sweep.base in it, the job needs no other file.
-    settings = {**given["sweep"], "base": None}
+    settings = {**_with_absolute_paths(given["sweep"]), "base": None}
     shared = _with_absolute_paths(plan.base)
     folder = _folder(dump_dir_of(config))
     own = {"name": config.name, "dump_dir": str(folder), "sweep": settings}

@@ -108,7 +108,8 @@ def sweep_beside_its_base(folder: Path) -> str:
 
 def test_a_sweep_is_checked_as_far_as_its_baseline_and_needs_no_other_file(tmp_path: Path) -> None:
     config = sweep_beside_its_base(tmp_path)
-    job = check(config, "checkpoint.path=here", script="ray_jobs.sweep")
+    arm = "sweep.arms.b={data.root_dir: shards}"
+    job = check(config, arm, "checkpoint.path=here", script="ray_jobs.sweep")
     assert (job.dump_dir, job.name, job.workers) == (tmp_path / "runs" / "s", "s", None)
     given = tmp_path / "given.yaml"
     given.write_text(yaml.safe_dump(job.given))
@@ -116,9 +117,10 @@ def test_a_sweep_is_checked_as_far_as_its_baseline_and_needs_no_other_file(tmp_p
         (tmp_path / file).unlink()
     config, values = load_config(SweepConfig, [f"config={given}"])
     assert job.given["checkpoint"]["path"] == f"{tmp_path}/here"
+    assert job.given["sweep"]["arms"]["b"] == {"data.root_dir": f"{tmp_path}/shards"}
     plan = plan_sweep(config, values)
     assert plan.folder == job.dump_dir
-    (trial,) = plan.trials
+    trial = plan.trials[0]
     assert trial.given["model"]["dim"] == 128
     assert trial.given["data"]["sources"] == {"builtin": 1.0}
     assert trial.given["steps"] == 3
