@@ -64,6 +64,7 @@ def check_job(options: LaunchConfig, args: Sequence[str], *, afresh: bool = Fals
     keys = [f.name for f in fields(cls)]
     _check_names(args, keys)
     own = [arg for arg in args if arg.startswith("dump_dir=") and "dump_dir" not in keys]
+    _check_store(os.environ.get("MLFLOW_TRACKING_URI", ""))
     config, given = load_config(cls, [arg for arg in args if arg not in own])
     if isinstance(config, SweepConfig):
         return _check_sweep(options, config, given)
@@ -123,6 +124,15 @@ def _check_names(args: Sequence[str], keys: list[str]) -> None:
         close = difflib.get_close_matches(name, [*own, *keys], n=1)
         if close and close[0] in own:
             raise ConfigError(f"unknown key {name}: did you mean {close[0]}?")
+
+
+def _check_store(uri: str) -> None:
+    """Raise ConfigError for a database that the job would look for in the copy of the code."""
+    if uri.startswith(_SQLITE) and not uri.startswith(f"{_SQLITE}/"):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI={uri}: is relative, and the job runs in another folder; give an "
+            f"absolute path, e.g. {_absolute('.tracking_uri', uri)}"
+        )
 
 
 def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) -> Job:

@@ -58,6 +58,16 @@ def test_what_the_run_will_make_is_not_left_in_the_copy_of_the_code(tmp_path: Pa
         assert job.given["logging"]["mlflow"]["tracking_uri"] == given
 
 
+def test_a_store_of_the_environment_must_be_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
+    with pytest.raises(ConfigError, match=re.escape(f"e.g. sqlite:///{tmp_path}/m.db")):
+        check(DEBUG)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////s/m.db")
+    check(DEBUG)
+
+
 def test_a_begun_run_of_the_builtin_corpus_does_not_prepare_it_here(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").create()
     RunFolder(tmp_path / "run").append_event("created", uid="x")
