@@ -19,20 +19,21 @@ from cluster.options import LaunchConfig, unknown
 from modular_lm.config import JOBS, SweepConfig, TrainConfig, load_config
 from modular_lm.config.checks import dump_dir_of, world_sizes
 from modular_lm.config.load import from_dict
-from modular_lm.data.builtin import BUILTIN
+from modular_lm.data.builtin import BUILTIN, builtin_folder
 from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.errors import ConfigError
+from modular_lm.storage import place
 from modular_lm.sweep.trials import plan_sweep
-from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import newest_step
 from modular_lm.train.run import open_run, resolve_config
+from ray_jobs._session import SPARE_CPUS
 
 log = logging.getLogger(__name__)
 
-# Keys whose text is a path, by their last part; the text of `_MAYBE` can be a name instead.
-_PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path")
-_MAYBE = ("path", "src")
-# CPUs beside those of the workers: the driver and tasks of Ray Data.
-_SPARE_CPUS = 2
+# Keys whose text is a path, by their end; the text of `_MAYBE` can be a name instead.
+_PATHS = ("root_dir", "dump_dir", "dst", "out", "ckpt", "init_ckpt_path", "checkpoint.path")
+_MAYBE = ("tokenizer.path", "src")
+_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def check_job(options: LaunchConfig, args: Sequence[str], *, afresh: bool = Fals
     keys = [f.name for f in fields(cls)]
     _check_names(args, keys)
     own = [arg for arg in args if arg.startswith("dump_dir=") and "dump_dir" not in keys]
+    _check_store(os.environ.get("MLFLOW_TRACKING_URI", ""))
     config, given = load_config(cls, [arg for arg in args if arg not in own])
     if isinstance(config, SweepConfig):
         return _check_sweep(options, config, given)
@@ -94,7 +96,7 @@ def fit(options: LaunchConfig, job: Job) -> LaunchConfig:
     if most < all_gpus:
         log.warning("ray.num_workers=%d: %d of %d GPUs stay idle", most, all_gpus - most, all_gpus)
     per_node = math.ceil(most / options.nodes) * job.cpus_per_worker
-    cpus = options.cpus_per_node or per_node + _SPARE_CPUS
+    cpus = options.cpus_per_node or per_node + SPARE_CPUS
     needed = most * job.cpus_per_worker + 1
     if cpus < per_node or options.nodes * cpus < needed:
         raise ConfigError(
@@ -124,6 +126,15 @@ def _check_names(args: Sequence[str], keys: list[str]) -> None:
             raise ConfigError(f"unknown key {name}: did you mean {close[0]}?")
 
 
+def _check_store(uri: str) -> None:
+    """Raise ConfigError for a database that the job would look for in the copy of the code."""
+    if uri.startswith(_SQLITE) and not uri.startswith(f"{_SQLITE}/"):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI={uri}: is relative, and the job runs in another folder; give an "
+            f"absolute path, e.g. {_absolute('.tracking_uri', uri)}"
+        )
+
+
 def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) -> Job:
     gpus = options.nodes * (options.gpus_per_node or 0)
     if gpus and "num_workers" not in (given.get("ray") or {}):
@@ -133,13 +144,15 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
     dump_dir = _folder(dump_dir_of(config))
     # A run that is to be deleted is none that could be continued.
     looked_at = str(dump_dir / ".afresh" if afresh else dump_dir)
+    if afresh:
+        config = _without_checkpoints(config)
     resolved, tokenizer = resolve_config(replace(config, dump_dir=looked_at))
     workers = world_sizes(resolved.ray)
     complete = False
-    if RunFolder(looked_at).last_event("created") or BUILTIN not in source_names(resolved.data):
-        complete = open_run(resolved, tokenizer, workers[1]).is_complete
-    else:
+    if BUILTIN in source_names(resolved.data) and not builtin_folder(resolved.data.tokenizer)[1]:
         check_sources(resolved.data, tokenizer)  # the job itself makes the built-in corpus
+    else:
+        complete = open_run(resolved, tokenizer, workers[1]).is_complete
     return Job(
         script=options.script,
         given={**given, "dump_dir": str(dump_dir)},
@@ -151,33 +164,62 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
     )
 
 
+def _without_checkpoints(config: TrainConfig) -> TrainConfig:
+    """The config as if `checkpoint.path`, of which nothing is deleted, were not there.
+
+    Raises ConfigError if it holds checkpoints, which the new run would go on from, or not fit.
+    """
+    path = config.checkpoint.path
+    if path is not None and newest_step(place(path)):
+        raise ConfigError(
+            f"override=true: deletes nothing in checkpoint.path={path}, which holds checkpoints; "
+            "delete them yourself, or choose another place"
+        )
+    return replace(config, checkpoint=replace(config.checkpoint, path=None))
+
+
 def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, Any]) -> Job:
     plan = plan_sweep(config, given)
     resolved, tokenizer = resolve_config(from_dict(TrainConfig, plan.first_of_baseline.given))
     check_sources(resolved.data, tokenizer)
     # With the keys of sweep.base in it, the job needs no other file.
-    settings = {**given["sweep"], "base": None}
+    settings = {**_with_absolute_paths(given["sweep"]), "base": None}
     shared = _with_absolute_paths(plan.base)
     folder = _folder(dump_dir_of(config))
     own = {"name": config.name, "dump_dir": str(folder), "sweep": settings}
     return Job(options.script, {**shared, **own}, folder, config.name)
 
 
-def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+def _with_absolute_paths(values: dict[str, Any], prefix: str = ".") -> dict[str, Any]:
     """The config for a job that runs in another folder."""
     changed = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            value = _with_absolute_paths(value)
-        elif isinstance(value, str) and value and "://" not in value:
-            path = os.path.abspath(os.path.expanduser(value))
-            if name in _PATHS or (name in _MAYBE and os.path.exists(path)):
-                value = path
+            value = _with_absolute_paths(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value:
+            value = _absolute(f"{prefix}{name}", value)
         changed[name] = value
     return changed
+
+
+def _absolute(key: str, value: str) -> str:
+    """The value of a key that begins with a dot, absolute where it is a relative path."""
+    if key.endswith(".tracking_uri") and value.startswith(_SQLITE):
+        return _SQLITE + os.path.abspath(value.removeprefix(_SQLITE))
+    path = os.path.abspath(os.path.expanduser(value))
+    if "://" in value or not key.endswith(tuple(f".{end}" for end in (*_PATHS, *_MAYBE))):
+        return value
+    is_name = key.endswith(tuple(f".{end}" for end in _MAYBE)) and not os.path.exists(path)
+    return value if is_name else path
 
 
 def _folder(text: str) -> Path:
     if not text or "://" in text:
         raise ConfigError(f"dump_dir={text}: must be a folder that all nodes share")
-    return Path(text).expanduser().resolve()
+    folder = Path(text).expanduser().resolve()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"dump_dir={folder}: {there} cannot be written; choose another folder")
+    if not there.is_dir() and there != folder:
+        raise ConfigError(f"dump_dir={folder}: {there} is a file; choose another folder")
+    return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.checks import Job
 from cluster.options import LaunchConfig
 from cluster.plan import JobPlan
-from cluster.script import code_folder, plan_file
+from cluster.script import plan_file
 from modular_lm.config import to_yaml
 from modular_lm.errors import ConfigError
 from modular_lm.files import Locked, lock, write_text_atomic
@@ -24,7 +24,8 @@ SCRIPT = "submit.slurm"
 # What runs and the launcher make, in the order in which it is deleted: what shows that it is ours
 # comes last.
 _OURS = (
-    *("checkpoints", "evals", "profiling", "probe", "logs", "code", ".code.new", ".code.old"),
+    *("checkpoints", "evals", "dumps", "profiling", "probe", "logs"),
+    *("code", ".code.new", ".code.old"),
     *("trials", "pictures", "report.html", "report.md", "report.json", "sweep.yaml"),
     *("metrics.jsonl", "metrics.eval.jsonl", "config.yaml", "base_config.yaml", SCRIPT),
     *("events.jsonl", "ray"),
@@ -37,15 +38,17 @@ def is_ours(dump_dir: Path) -> bool:
 
 
 def check_folder(dump_dir: Path, options: LaunchConfig) -> None:
-    """Raise ConfigError unless the folder is new, empty, ours, or `dirs_exists_ok` is set."""
+    """Raise ConfigError unless the folder is new, without files, ours, or may be shared."""
     if dump_dir.exists() and not dump_dir.is_dir():
         raise ConfigError(f"dump_dir={dump_dir}: is a file; choose a folder")
     if not dump_dir.is_dir() or is_ours(dump_dir) or options.dirs_exists_ok:
         return
-    if names := sorted(p.name for p in dump_dir.iterdir()):
+    # A launch that could write no file may have left empty folders.
+    files = (p for p in dump_dir.rglob("*") if p.is_symlink() or not p.is_dir())
+    if (found := next(files, None)) is not None:
         raise ConfigError(
-            f"dump_dir={dump_dir}: holds {names[0]} and no run of ours; choose another folder, or "
-            "use this one with dirs_exists_ok=true"
+            f"dump_dir={dump_dir}: holds {found.relative_to(dump_dir)} and no run of ours; choose "
+            "another folder, or use this one with dirs_exists_ok=true"
         )
 
 
@@ -64,6 +67,18 @@ def confirm_override(dump_dir: Path, options: LaunchConfig) -> None:
         raise ConfigError(f"dump_dir={dump_dir}: nothing was deleted, nothing submitted")
 
 
+def check_unused(dump_dir: Path) -> None:
+    """Raise ConfigError if a process trains in the folder, which SLURM may know nothing of."""
+    for driver in RunFolder(dump_dir).ray.glob("*.lock"):
+        try:
+            with lock(driver, blocking=False):
+                pass
+        except Locked as error:
+            raise ConfigError(
+                f"dump_dir={dump_dir}: is being trained by {error.holder}; wait for it, or stop it"
+            ) from None
+
+
 def remove_run(dump_dir: Path) -> None:
     """Delete what a run of ours has left, if there is one, and the folder if it is empty then.
 
@@ -71,14 +86,7 @@ def remove_run(dump_dir: Path) -> None:
     """
     if not is_ours(dump_dir):
         return
-    for driver in RunFolder(dump_dir).ray.glob("*.lock"):
-        try:
-            with lock(driver, blocking=False):
-                pass
-        except Locked as error:
-            raise ConfigError(
-                f"override=true: {dump_dir} is being trained by {error.holder}; stop it first"
-            ) from None
+    check_unused(dump_dir)
     for name in _OURS:
         path = dump_dir / name
         if path.is_dir() and not path.is_symlink():
@@ -90,12 +98,13 @@ def remove_run(dump_dir: Path) -> None:
 
 
 def write_job(job: Job, plan: JobPlan) -> None:
-    """Write what the job needs into its folder: code, config, plan."""
+    """Write what the job needs into its folder: plan, code, config."""
     folder = RunFolder(job.dump_dir)
-    folder.create()
-    snapshot_code(code_folder(job.dump_dir))
-    write_text_atomic(folder.base_config, to_yaml(job.given))
+    # First, for it shows that the folder is ours: what fails below can be done again.
     plan.write(plan_file(job.dump_dir))
+    folder.create()
+    snapshot_code(folder.code)
+    write_text_atomic(folder.base_config, to_yaml(job.given))
 
 
 def write_script(text: str, folder: Path) -> Path:

@@ -7,7 +7,7 @@
 #
 # PYTHON (default python3) is the interpreter, 3.11 or newer; for a wheelhouse the same version and
 # platform as on the cluster. VENV (default .venv in the clone) is the environment to make; give it to
-# the launcher as venv=DIR. EXTRAS (e.g. eval,search) are extras of the package.
+# the launcher as venv=DIR. EXTRAS (e.g. eval,s3) are extras of the package.
 set -euo pipefail
 
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from modular_lm.config.load import load_config
 from modular_lm.config.schema import key
 from modular_lm.errors import ConfigError
 
@@ -84,13 +83,6 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return mine, job
 
 
-def load_options(args: Sequence[str]) -> LaunchConfig:
-    """The launcher's options from `key=value` arguments. Raises ConfigError."""
-    options, _ = load_config(LaunchConfig, args)
-    check_options(options)
-    return options
-
-
 def check_options(c: LaunchConfig) -> None:
     """Raise ConfigError where options contradict each other, or SLURM could not read them."""
     if c.venv and c.conda:
@@ -105,12 +97,21 @@ def check_options(c: LaunchConfig) -> None:
                 f"the signal {SIGNAL_SLACK_S} s earlier"
             )
     for name in ("mem", "account", "qos", "partition", "constraint", "exclude", "job_name"):
-        value = getattr(c, name)
-        if value is not None and (not value or re.search(r"[\s'\"\\]", value)):
-            raise ConfigError(f"{name}={value!r}: expected a word without blanks or quotes")
-    for option in c.sbatch_options:
+        check_word(name, getattr(c, name))
+    check_sbatch_options(c.sbatch_options)
+
+
+def check_word(key: str, value: str | None) -> None:
+    """Raise ConfigError for a value that is not one word of a batch script's line."""
+    if value is not None and (not value or re.search(r"[\s'\"\\]", value)):
+        raise ConfigError(f"{key}={value!r}: expected a word without blanks or quotes")
+
+
+def check_sbatch_options(options: Sequence[str]) -> None:
+    """Raise ConfigError for an option that is none, or would not stay on its line."""
+    for option in options:
         if not option.startswith("--") or "\n" in option:
-            raise ConfigError(f"sbatch_options={option}: expected --name or --name=value")
+            raise ConfigError(f"sbatch_options={option!r}: expected --name or --name=value")
 
 
 def duration_s(text: str, key: str = "time") -> int:

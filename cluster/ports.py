@@ -62,8 +62,8 @@ def candidates(number: int, size: int, per_host: int, span: tuple[int, int]) -> 
     places = (end - first) // (size * per_host)
     if places < 1:
         raise ConfigError(
-            f"port_range=[{first}, {end}]: a job needs {size * per_host} ports on each host; "
-            "give it a larger range"
+            f"cpus_per_node: {per_host} nodes of the job on a host need {size * per_host} ports "
+            f"there, of {first} to {end}; use fewer CPUs, or nodes on hosts of their own"
         )
     for k in range(places):
         yield first + (number + k) % places * size * per_host

@@ -6,6 +6,8 @@ of the batch step's shell, so that the signals which SLURM sends to that (`--sig
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 import shlex
 import sys
@@ -18,7 +20,10 @@ from modular_lm.errors import ConfigError
 
 # $NAME and ${NAME}, which the node replaces.
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
+# ~ and ~NAME at the beginning of a word.
+_HOME = re.compile(r"(?<!\S)~[\w.-]*(?=/|\s|$)")
 # SLURM takes a backslash out of a path, a colon divides PYTHONPATH, and lines end with a newline.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IMPOSSIBLE = re.compile(r"[\\:\x00-\x1f]")
 
 
@@ -30,14 +35,37 @@ def check_path(path: Path, key: str) -> None:
         )
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError for a name that would not stay on its line of the script."""
+    if _CONTROL.search(name):
+        raise ConfigError(f"name={name!r}: holds a control character; choose another name")
+
+
+def on_nodes(c: LaunchConfig) -> LaunchConfig:
+    """The options with paths and the container's command as the nodes are to have them.
+
+    Raises ConfigError for a virtual environment that is none.
+    """
+    venv, conda, container = c.venv, c.conda, c.container
+    if conda is not None:
+        conda = os.path.expanduser(conda)
+    if venv is not None:
+        venv = os.path.expanduser(venv)
+        if not _VARIABLE.search(venv):  # else only the node knows where it is
+            venv = os.path.abspath(venv)
+            if not os.path.isfile(f"{venv}/bin/activate"):
+                raise ConfigError(f"venv={venv}: holds no bin/activate; name a virtual environment")
+    if container is not None:
+        # The script and the allocation on the first node both begin commands with it.
+        container = _HOME.sub(
+            lambda word: shlex.quote(os.path.expanduser(word[0])), os.path.expandvars(container)
+        )
+    return dataclasses.replace(c, venv=venv, conda=conda, container=container)
+
+
 def plan_file(dump_dir: Path) -> Path:
     """What the allocation carries out."""
     return dump_dir / "ray" / "slurm" / "plan.json"
-
-
-def code_folder(dump_dir: Path) -> Path:
-    """The snapshot of the code, which is what runs."""
-    return dump_dir / "code"
 
 
 def log_file(dump_dir: Path) -> Path:

@@ -16,7 +16,13 @@ from typing import Any
 
 import yaml
 
-from cluster.options import LaunchConfig, duration_s, unknown
+from cluster.options import (
+    LaunchConfig,
+    check_sbatch_options,
+    check_word,
+    duration_s,
+    unknown,
+)
 from modular_lm.config.load import from_dict
 from modular_lm.errors import ConfigError, reason
 
@@ -126,17 +132,34 @@ def _read(values: Any) -> Site:
         raise ConfigError("kinds: expected a mapping of names to kinds of nodes")
     for name, described in kinds.items():
         try:
+            _check_durations(described)
             site.kinds[str(name)] = from_dict(Kind, described)
         except ConfigError as error:
             raise ConfigError(f"kinds.{name}: {error}") from None
     for name in site.environment:
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(f"environment.{name}: not a name of a variable")
+    check_sbatch_options(site.sbatch_options)
     for name, kind in site.kinds.items():
+        for word in ("partition", "constraint", "account_suffix"):
+            check_word(f"kinds.{name}.{word}", getattr(kind, word))
         for qos, longest in [*kind.qos.items(), ("longest", kind.longest)]:
             if longest is not None:
                 duration_s(longest, f"kinds.{name}.{qos}")
     return site
+
+
+def _check_durations(described: Any) -> None:
+    """Raise ConfigError for durations of a kind that YAML has made numbers of."""
+    values = described if isinstance(described, dict) else {}
+    qos = values.get("qos")
+    named = {f"qos.{name}": value for name, value in qos.items()} if isinstance(qos, dict) else {}
+    for name, value in {**named, "longest": values.get("longest")}.items():
+        if isinstance(value, int | float):
+            raise ConfigError(
+                f'{name}={value}: put it in quotes, e.g. "20:00:00", which without them YAML '
+                "takes for a number"
+            )
 
 
 def _kind_of(c: LaunchConfig, site: Site) -> Kind:

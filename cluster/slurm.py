@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from cluster.checks import Job, check_job, fewest_nodes, fit
 from cluster.folders import (
     check_folder,
+    check_unused,
     confirm_override,
     is_ours,
     remove_run,
@@ -32,18 +33,21 @@ from cluster.folders import (
 from cluster.jobs import active_job, has_sbatch, record_job, submit, try_script
 from cluster.options import LaunchConfig, check_options, split_arguments
 from cluster.plan import JobPlan
-from cluster.script import batch_script, check_path
+from cluster.script import batch_script, check_name, check_path, on_nodes
 from cluster.sites import NodeSetup, apply_site, load_site
 from cluster.summary import summary
 from modular_lm.cli import run_job
 from modular_lm.config import to_yaml
 from modular_lm.config.load import from_dict
 from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
+from modular_lm.tracking.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 USAGE = "python -m cluster.slurm config=configs/debug.yaml nodes=2 time=1:00:00 key=value ..."
 _COMMAND = "python -m cluster.slurm"
+# Not in the command that resumes: with override it would delete the run that it is to go on with.
+_ONCE = ("dry_run", "yes", "override")
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def launch_jobs(
 def main(options: LaunchConfig, args: Sequence[str]) -> int:
     """The command line, whose `args` are those for the job's config. Returns the exit code."""
     requests = [[f"config={file}", *args] for file in options.configs] or [list(args)]
-    again = [arg for arg in sys.argv[1:] if arg.partition("=")[0] not in ("dry_run", "yes")]
+    again = [arg for arg in sys.argv[1:] if arg.partition("=")[0].lstrip("-") not in _ONCE]
     is_array = bool(options.configs)
     launch = prepare(options, requests, lambda _: again, is_array=is_array)
     for job in launch.jobs:
@@ -124,16 +128,18 @@ def prepare(
     check_options(options)
     if options.launcher == "bash":
         options = _inside_allocation(options)
-    if options.container:
-        # The script and the allocation on the first node both begin commands with it.
-        options = replace(options, container=os.path.expandvars(options.container))
+    options = on_nodes(options)
     options, setup = apply_site(options, load_site(options.site), os.environ)
+    check_options(options)  # again, with what the site and its variable have added
     jobs = [check_job(options, args, afresh=options.override) for args in requests]
     _check_distinct(jobs)
     for job in jobs:
         check_path(job.dump_dir, "dump_dir")
+        check_name(job.name)
         check_folder(job.dump_dir, options)
-        _check_idle(job)
+        # Without SLURM the script can be looked at all the same.
+        if not options.dry_run or has_sbatch():
+            _check_idle(job)
     cpus = max(fit(options, job).cpus_per_node or 1 for job in jobs)
     options = replace(options, cpus_per_node=cpus)
     todo = [job for job in jobs if not job.complete]
@@ -204,12 +210,12 @@ def _array_dir(options: LaunchConfig, first: Job) -> Path:
 def submit_launch(launch: Launch) -> list[str]:
     """Write what the jobs need and submit them; returns the id of each of `todo`.
 
-    Raises UserFacingError; folders that are new are removed again where SLURM refuses the job.
+    Raises UserFacingError; folders that are new are removed again where SLURM refuses the job, or
+    where the disk is full.
     """
     new = [job.dump_dir for job in launch.todo if not is_ours(job.dump_dir)]
-    script = _write(launch)
     try:
-        number = submit(script, launch.options)
+        number = submit(_write(launch), launch.options)
     except UserFacingError:
         for folder in new:
             remove_run(folder)
@@ -222,7 +228,12 @@ def submit_launch(launch: Launch) -> list[str]:
 
 
 def _write(launch: Launch) -> Path:
-    """Write the folders of all jobs, and the script, whose path is returned."""
+    """Write the folders of all jobs, and the script, whose path is returned.
+
+    Raises ConfigError, before that, if a process trains in one of them.
+    """
+    for job in launch.todo:
+        check_unused(job.dump_dir)
     if launch.options.override:
         for job in launch.todo:
             confirm_override(job.dump_dir, launch.options)
@@ -240,7 +251,7 @@ def _plan(launch: Launch, job: Job) -> JobPlan:
         script=job.script,
         arguments=[f"config={job.dump_dir}/base_config.yaml"],
         dump_dir=str(job.dump_dir),
-        code=str(job.dump_dir / "code"),
+        code=str(RunFolder(job.dump_dir).code),
         nodes=c.nodes,
         cpus_per_node=c.cpus_per_node,
         gpus_per_node=c.gpus_per_node or 0,
@@ -282,7 +293,7 @@ def _again(jobs: Sequence[Job], options: Mapping[str, Any]) -> list[str]:
     """The command line that does the same with the configs that are in the jobs' folders."""
     configs = [f"{job.dump_dir}/base_config.yaml" for job in jobs]
     config = f"config={configs[0]}" if len(jobs) == 1 else f"configs=[{','.join(configs)}]"
-    given = {name: value for name, value in options.items() if name != "yes"}
+    given = {name: value for name, value in options.items() if name not in _ONCE}
     return [config, *(f"{name}={_shown(value)}" for name, value in given.items())]
 
 

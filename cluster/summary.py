@@ -30,9 +30,13 @@ def summary(
         lines += [
             f"  state       squeue --jobs={first}",
             f"  stop        scancel --batch --signal=TERM {' '.join(ids)}   (saves a checkpoint)",
-            "  resume      the same command, when the job has ended",
+            f"  resume      the same command{_without(options)}, when the job has ended",
         ]
     return "\n".join(lines)
+
+
+def _without(c: LaunchConfig) -> str:
+    return " without override=true" if c.override else ""
 
 
 def _resources(c: LaunchConfig, job: Job) -> str:

@@ -29,7 +29,7 @@ from modular_lm.submission import check_lasting
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.dry_run import memory_estimate
-from modular_lm.train.inventory import COMPLETE, complete_steps, step_folder
+from modular_lm.train.inventory import COMPLETE, checkpoints_of, complete_steps, step_folder
 from modular_lm.train.run import open_run, resolve_config
 
 Level = Literal["ok", "warning", "error"]
@@ -56,8 +56,8 @@ def training_findings(config: TrainConfig, device_gib: float | None) -> list[Fin
     try:
         tokenizer = build_tokenizer(config.data.tokenizer)
         found.append(Finding("tokenizer", "ok", f"{tokenizer.name}, {tokenizer.n_words:,} tokens"))
-    except UserFacingError as error:
-        found.append(Finding("tokenizer", "error", str(error)))
+    except (UserFacingError, OSError) as error:
+        found.append(Finding("tokenizer", "error", reason(error)))
     resolved, row = _resolved(config, tokenizer)
     found.append(row)
     found += _data(config, tokenizer)
@@ -101,13 +101,13 @@ def _data(config: TrainConfig, tokenizer: Tokenizer | None) -> list[Finding]:
         return found
     if tokenizer is None:
         return [*found, Finding("data", "warning", "not checked: that needs the tokenizer")]
+    root = Path(config.data.root_dir or "").expanduser()
     try:
         check_sources(config.data, tokenizer)
-    except UserFacingError as error:
-        return [*found, Finding("data", "error", str(error))]
-    root = Path(config.data.root_dir or "").expanduser()
-    for name in named:
-        manifest = Manifest.load(root / name)
+        manifests = [Manifest.load(root / name) for name in named]
+    except (UserFacingError, OSError) as error:
+        return [*found, Finding("data", "error", reason(error))]
+    for name, manifest in zip(named, manifests, strict=True):
         text = f"{name}: {manifest.train.tokens:,} tokens, this tokenizer's"
         found.append(Finding("data", "ok", f"{text} (fingerprint {manifest.fingerprint[:12]})"))
         if config.eval.validation.max_docs and not manifest.val.documents:
@@ -172,9 +172,11 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def disk_finding(config: TrainConfig, folder: Path) -> Finding:
-    """Whether the checkpoints to come fit on the disk. Quotas are not seen."""
-    there = existing_parent(folder)
-    checkpoints = RunFolder(folder).checkpoints
+    """Whether the checkpoints to come fit on the disk that is to hold them. Quotas are not seen."""
+    checkpoints = checkpoints_of(config.checkpoint, folder)
+    if not isinstance(checkpoints, Path):
+        return Finding("disk", "ok", f"checkpoint.path={checkpoints}: not checked")
+    there = existing_parent(checkpoints.absolute())
     sizes = [_size(step_folder(checkpoints, step)) for step in complete_steps(checkpoints)]
     each = max(sizes, default=0) or checkpoint_bytes(config)
     count = checkpoints_at_once(config)

@@ -38,7 +38,8 @@ _DEFAULTS = {
 _PASSED = ("MODULAR_LM_", "MLFLOW_", "HF_", "AWS_", "FSSPEC_")
 # But no credentials: every node's runtime_env_agent.log shows the variables with their values.
 _SECRET = re.compile("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL")
-_SHORT_STOP_S = 30
+# Seconds between SIGTERM and SIGKILL in which a checkpoint may not fit.
+SHORT_STOP_S = 30
 _DASHBOARD = "RAY_API_SERVER_ADDRESS"
 
 
@@ -53,6 +54,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """
     _environment()
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield
@@ -63,7 +65,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
             _join()
         else:
             _start(num_cpus or max(4, os.cpu_count() or 1))
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    # RayError: a token that is missing or wrong.
+    except (RayError, RuntimeError, ValueError, OSError) as error:
         where = os.environ.get("RAY_ADDRESS", "a new one on this machine")
         raise RunFailedError(f"no Ray session (RAY_ADDRESS: {where}): {reason(error)}") from error
     # Ray makes SIGTERM end the process at once; the caller may have had other plans.
@@ -124,7 +127,7 @@ def _passed() -> dict[str, str]:
     """The variables for the runtime environment: a cluster's processes do not inherit those of a
     driver that joins it."""
     job = submission()
-    if job is not None and job.stop_wait_s < _SHORT_STOP_S:
+    if job is not None and job.stop_wait_s < SHORT_STOP_S:
         log.warning(
             "%s=%d: `ray job stop` kills this job so many seconds after it asked it to save; "
             "submit with --runtime-env cluster/runtime_env.yaml, which sets it to more",

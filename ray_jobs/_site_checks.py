@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -32,6 +34,7 @@ from modular_lm.errors import UserFacingError, reason
 from modular_lm.submission import submission
 from modular_lm.tracking.mlflow_projection import tracking_uri
 from ray_jobs._checks import Finding, existing_parent
+from ray_jobs._session import SHORT_STOP_S
 
 _SOCKET_LIMIT = 107
 # What Ray puts behind its temporary folder; PIDs have up to seven digits, sockets a number.
@@ -41,6 +44,8 @@ _ENOUGH_FILES = 4096
 _PROBE_S = 90
 _ANSWER_S = 6
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Of sbatch, where they are not named as the option.
+_VARIABLES = {"time": "TIMELIMIT"}
 _NETWORK_DISKS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "fuse.sshfs", "ceph")
 
 
@@ -167,7 +172,7 @@ def _token() -> list[Finding]:
 
 def _stop_wait() -> list[Finding]:
     job = submission()
-    if job is None or job.stop_wait_s >= 30:
+    if job is None or job.stop_wait_s >= SHORT_STOP_S:
         return []
     text = f"`ray job stop` kills this job after {job.stop_wait_s} s"
     return [Finding("ray", "warning", text, "submit it with cluster/runtime_env.yaml")]
@@ -212,8 +217,11 @@ def slurm_findings(script: Path | None) -> list[Finding]:
         text = f"{script}: not checked, there is no sbatch on this machine"
         return [Finding("slurm", "warning", text, "run the doctor on a login node")]
     command = [sbatch, "--test-only", str(script)]
+    # Variables of sbatch would win over the script's lines; the launcher submits without them too.
+    given = _given_by(script)
+    env = {name: value for name, value in os.environ.items() if name not in given}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [Finding("slurm", "error", f"sbatch --test-only: {reason(error)}")]
     said = " ".join(done.stderr.split()) or "sbatch --test-only said nothing"
@@ -221,6 +229,13 @@ def slurm_findings(script: Path | None) -> list[Finding]:
         text = f"{script}: refused: {said}"
         return [Finding("slurm", "error", text, "correct the #SBATCH lines, or the site profile")]
     return [Finding("slurm", "ok", said.removeprefix("sbatch: "))]
+
+
+def _given_by(script: Path) -> set[str]:
+    """The variables of sbatch for options that the script's lines give."""
+    given = re.findall(r"^#SBATCH\s+--([\w-]+)", script.read_text(errors="replace"), re.MULTILINE)
+    names = {option: option.upper().replace("-", "_") for option in given}
+    return {f"SBATCH_{_VARIABLES.get(option, name)}" for option, name in names.items()}
 
 
 # ------------------------------------------------------------------ MLflow
@@ -233,8 +248,8 @@ def mlflow_finding(config: TrainConfig, folder: Path) -> Finding:
         return Finding("mlflow", "ok", "logging.mlflow.enabled=false: the run's files are all")
     try:
         uri = tracking_uri(c.tracking_uri, folder)
-    except UserFacingError as error:
-        return Finding("mlflow", "error", str(error))
+    except (UserFacingError, ValueError) as error:
+        return Finding("mlflow", "error", reason(error))
     if uri.startswith("sqlite:///"):
         return _sqlite(Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
     if uri.startswith(("http://", "https://")):
@@ -260,30 +275,32 @@ def _sqlite(file: Path) -> Finding:
 
 def _file_system(folder: Path) -> str:
     """The type of the file system of a folder, "" where that cannot be told."""
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:
+        return ""
     mounts = {p.mountpoint: p.fstype for p in psutil.disk_partitions(all=True)}
     return next((mounts[str(p)] for p in (folder, *folder.parents) if str(p) in mounts), "")
 
 
 def _server(uri: str) -> Finding:
-    request = urllib.request.Request(
-        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    )
+    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     name, password = (os.environ.get(f"MLFLOW_TRACKING_{x}") for x in ("USERNAME", "PASSWORD"))
+    headers = {}
     if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
+        headers["Authorization"] = f"Bearer {token}"
     elif name and password:
         coded = base64.b64encode(f"{name}:{password}".encode()).decode()
-        request.add_header("Authorization", f"Basic {coded}")
+        headers["Authorization"] = f"Basic {coded}"
     try:
+        request = urllib.request.Request(address, headers=headers)
         with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
             json.load(answer)
     except urllib.error.HTTPError as error:
         text = f"{uri}: answers {error.code} {error.reason}"
         advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, and the server's --allowed-hosts"
         return Finding("mlflow", "error" if error.code in (401, 403) else "warning", text, advice)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         advice = "the run will keep all in its files, and the same command sends it later"
         return Finding("mlflow", "warning", f"{uri}: no MLflow answers: {reason(error)}", advice)
     return Finding("mlflow", "ok", uri)
@@ -298,22 +315,26 @@ def offline() -> list[str]:
     return [name for name in _OFFLINE if os.environ.get(name, "").lower() not in off]
 
 
-def network_finding(needs: dict[str, bool]) -> Finding:
-    """What the job needs from the network, by name, and whether it is on disk already."""
+def network_finding(needs: dict[str, bool], advice: str = "") -> Finding:
+    """What the job needs from the network, by name, and whether it is on disk already.
+
+    advice: how to get what is not.
+    """
     missing = [what for what, is_there in needs.items() if not is_there]
     switches = offline()
     mode = f"offline ({', '.join(switches)})" if switches else "online"
     if not missing:
         return Finding("network", "ok", f"{mode}; the job needs nothing that is not on disk")
     text = f"{mode}; not on disk: {', '.join(missing)}"
-    advice = "where there is internet run the same job with download_only=true"
     return Finding("network", "error" if switches else "warning", text, advice)
 
 
 def gpu_finding(use_gpu: bool | None, workers: int) -> Finding:
     """The GPUs of this machine against what is asked for."""
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding("gpu", "error", f"torch cannot be imported: {reason(error)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     text = f"{count} on this machine for {workers} workers" if count else "none on this machine"
     if use_gpu and count < workers:
@@ -324,10 +345,15 @@ def gpu_finding(use_gpu: bool | None, workers: int) -> Finding:
 
 
 def device_gib(use_gpu: bool | None, workers: int) -> float | None:
-    """Memory in GiB for one worker on this machine: a GPU's, else a share of the main memory."""
-    import psutil
-    import torch
+    """Memory in GiB for one worker on this machine: a GPU's, else a share of the main memory.
 
+    None where it cannot be told.
+    """
+    try:
+        import psutil
+        import torch
+    except (ImportError, OSError):
+        return None
     if use_gpu is not False and torch.cuda.is_available():
         if torch.cuda.device_count() >= workers:
             return torch.cuda.get_device_properties(0).total_memory / 2**30

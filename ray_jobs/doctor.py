@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import json
 import logging
 import os
 import sys
@@ -29,11 +30,11 @@ from modular_lm.config import (
     TrainConfig,
     load_config,
 )
-from modular_lm.config.checks import dump_dir_of, world_sizes
+from modular_lm.config.checks import dump_dir_of
 from modular_lm.config.load import from_dict
 from modular_lm.data.hub import on_disk
 from modular_lm.data.prepare import plan_sources
-from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserFacingError
+from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserFacingError, reason
 from modular_lm.submission import check_lasting
 from modular_lm.sweep.trials import plan_sweep
 from ray_jobs._checks import Finding, dump_dir_finding, training_findings
@@ -54,7 +55,7 @@ _OWN = ("script", "device_memory")
 def diagnose(rest: Sequence[str], config: DoctorConfig, given: dict[str, Any]) -> int:
     """The job: all findings about the job whose arguments are `rest`; returns the exit code."""
     script = Path(config.script) if Path(config.script).is_file() else None
-    module = "ray_jobs.train" if script else config.script
+    module = _started_by(script) if script else config.script
     if module not in JOBS:
         close = difflib.get_close_matches(module, JOBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(JOBS)}"
@@ -63,6 +64,14 @@ def diagnose(rest: Sequence[str], config: DoctorConfig, given: dict[str, Any]) -
         found = [*version_findings(), *_job(JOBS[module], rest, config), *slurm_findings(script)]
     print(format_table(found), flush=True)
     return EXIT_BAD_INPUT if any(row.level == "error" for row in found) else EXIT_DONE
+
+
+def _started_by(script: Path) -> str:
+    """The job of a batch script: the plan beside one of our launcher's names it, else training."""
+    try:
+        return json.loads((script.parent / "ray" / "slurm" / "plan.json").read_text())["script"]
+    except (OSError, ValueError, KeyError):
+        return "ray_jobs.train"
 
 
 def _job(cls: type, rest: Sequence[str], own: DoctorConfig) -> list[Finding]:
@@ -98,7 +107,9 @@ def _sweep(config: SweepConfig, given: dict[str, Any], device: float | None) -> 
 
 
 def _train(config: TrainConfig, device: float | None) -> list[Finding]:
-    workers, use_gpu = world_sizes(config.ray)[0], config.ray.use_gpu
+    sizes, use_gpu = config.ray.num_workers, config.ray.use_gpu
+    # Its row says it where these make no sense; what is around the job is looked at all the same.
+    workers = max(1, sizes if isinstance(sizes, int) else min(sizes, default=1))
     folder = Path(dump_dir_of(config)).expanduser().absolute()
     here = not os.environ.get("RAY_ADDRESS")
     found = training_findings(config, device or (device_gib(use_gpu, workers) if here else None))
@@ -109,7 +120,8 @@ def _train(config: TrainConfig, device: float | None) -> list[Finding]:
     named = token.name == "tiktoken" and not Path(token.path or "").expanduser().is_file()
     # A rank file by name is in tiktoken's cache by now, or its row says that it cannot be had.
     cached = all(row.level != "error" for row in found if row.check == "tokenizer")
-    found.append(network_finding({f"tiktoken {token.path}": cached} if named else {}))
+    advice = "where there is internet run this, with TIKTOKEN_CACHE_DIR set to a folder of both"
+    found.append(network_finding({f"tiktoken {token.path}": cached} if named else {}, advice))
     return [*found, mlflow_finding(config, folder)]
 
 
@@ -117,15 +129,16 @@ def _prepare(config: PrepareConfig) -> list[Finding]:
     found = [_loaded(config)]
     needs = on_disk(config)
     if needs:
-        found.append(network_finding(needs))
+        advice = "where there is internet run the same job with download_only=true"
+        found.append(network_finding(needs, advice))
     else:
         try:
             sources = [] if config.src == "builtin" else plan_sources(config)
             for plan in sources:
                 state = "done already" if plan.done else "to be prepared"
                 found.append(Finding("data", "ok", f"{plan.folder.name}: {state}"))
-        except UserFacingError as error:
-            found.append(Finding("data", "error", str(error)))
+        except (UserFacingError, OSError) as error:
+            found.append(Finding("data", "error", reason(error)))
     folder = Path(config.dst or ".").expanduser().absolute()
     if config.dst is not None:
         found.append(dump_dir_finding(folder))

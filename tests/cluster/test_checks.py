@@ -13,6 +13,7 @@ from cluster.options import LaunchConfig
 from modular_lm.config import SweepConfig, load_config
 from modular_lm.errors import ConfigError, UserFacingError
 from modular_lm.sweep.trials import plan_sweep
+from modular_lm.tracking.run_folder import RunFolder
 from tests.support import REPO
 
 DEBUG = f"config={REPO}/configs/debug.yaml"
@@ -45,6 +46,33 @@ def test_paths_mean_the_same_where_the_job_runs(tmp_path: Path) -> None:
     assert job.dump_dir == tmp_path / "here"
     builtin = check("src=builtin", "dump_dir=here", script="ray_jobs.prepare")
     assert builtin.given["src"] == "builtin"
+
+
+def test_what_the_run_will_make_is_not_left_in_the_copy_of_the_code(tmp_path: Path) -> None:
+    store = "logging.mlflow.tracking_uri=sqlite:///mlflow.db"
+    job = check(DEBUG, "checkpoint.path=here/saved", store)
+    assert job.given["checkpoint"]["path"] == f"{tmp_path}/here/saved"
+    assert job.given["logging"]["mlflow"]["tracking_uri"] == f"sqlite:///{tmp_path}/mlflow.db"
+    for given in ("sqlite:////s/m.db", "http://127.0.0.1:1", "databricks"):
+        job = check(DEBUG, f"logging.mlflow.tracking_uri={given}")
+        assert job.given["logging"]["mlflow"]["tracking_uri"] == given
+
+
+def test_a_store_of_the_environment_must_be_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
+    with pytest.raises(ConfigError, match=re.escape(f"e.g. sqlite:///{tmp_path}/m.db")):
+        check(DEBUG)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////s/m.db")
+    check(DEBUG)
+
+
+def test_a_begun_run_of_the_builtin_corpus_does_not_prepare_it_here(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").create()
+    RunFolder(tmp_path / "run").append_event("created", uid="x")
+    assert not check(DEBUG, "dump_dir=run").complete
+    assert not (tmp_path / "cache").exists()
 
 
 def test_one_worker_for_each_gpu_unless_it_is_given(tmp_path: Path) -> None:
@@ -90,16 +118,19 @@ def sweep_beside_its_base(folder: Path) -> str:
 
 def test_a_sweep_is_checked_as_far_as_its_baseline_and_needs_no_other_file(tmp_path: Path) -> None:
     config = sweep_beside_its_base(tmp_path)
-    job = check(config, "checkpoint.path=here", script="ray_jobs.sweep")
+    arm = "sweep.arms.b={data.root_dir: shards}"
+    job = check(config, arm, "checkpoint.path=here", script="ray_jobs.sweep")
     assert (job.dump_dir, job.name, job.workers) == (tmp_path / "runs" / "s", "s", None)
     given = tmp_path / "given.yaml"
     given.write_text(yaml.safe_dump(job.given))
     for file in ("base.yaml", "s.yaml"):
         (tmp_path / file).unlink()
     config, values = load_config(SweepConfig, [f"config={given}"])
+    assert job.given["checkpoint"]["path"] == f"{tmp_path}/here"
+    assert job.given["sweep"]["arms"]["b"] == {"data.root_dir": f"{tmp_path}/shards"}
     plan = plan_sweep(config, values)
     assert plan.folder == job.dump_dir
-    (trial,) = plan.trials
+    trial = plan.trials[0]
     assert trial.given["model"]["dim"] == 128
     assert trial.given["data"]["sources"] == {"builtin": 1.0}
     assert trial.given["steps"] == 3

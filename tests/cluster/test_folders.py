@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import folders
 from cluster.checks import Job
 from cluster.folders import check_folder, confirm_override, is_ours, remove_run, write_job
 from cluster.options import LaunchConfig
@@ -29,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     checkpoint = step_folder(RunFolder(folder).checkpoints, 20)
     checkpoint.mkdir(parents=True)
     (checkpoint / COMPLETE).touch()
-    for left in ("sweep.yaml", "report.html", "trials/a__seed-0/trial.json", "pictures/cost.svg"):
+    for left in ("sweep.yaml", "trials/a/trial.json", "dumps/0/x.json", "pictures/a.svg"):
         (folder / left).parent.mkdir(parents=True, exist_ok=True)
         (folder / left).touch()
     (folder / FOREIGN).write_text("mine")
@@ -86,6 +87,28 @@ def test_a_run_that_is_training_is_not_deleted(run: Path, name: str) -> None:
         with pytest.raises(ConfigError, match="is being trained by process"):
             remove_run(run)
         assert (run / "code").is_dir()
+
+
+def test_folders_that_a_failed_launch_left_empty_can_be_used(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").create()
+    check_folder(tmp_path / "run", LaunchConfig())
+    (tmp_path / "run" / "logs" / "x").touch()
+    with pytest.raises(ConfigError, match="holds logs/x and no run of ours"):
+        check_folder(tmp_path / "run", LaunchConfig())
+
+
+def test_what_fails_after_the_plan_leaves_a_folder_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(destination: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders, "snapshot_code", interrupted)
+    job = Job("ray_jobs.train", {}, tmp_path / "run", "run")
+    with pytest.raises(KeyboardInterrupt):
+        write_job(job, JobPlan(job.script, [], "", "", nodes=1, cpus_per_node=1))
+    check_folder(job.dump_dir, LaunchConfig())
+    assert is_ours(job.dump_dir)
 
 
 def test_deleting_is_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from cluster import folders
 from cluster.jobs import active_job, record_job, sbatch_environment, submit, try_script
 from cluster.options import LaunchConfig
 from cluster.plan import JobPlan
 from cluster.script import batch_script, plan_file
 from cluster.sites import NodeSetup
-from cluster.slurm import launch_job, launch_jobs, prepare, submit_launch
+from cluster.slurm import Launch, _again, launch_job, launch_jobs, prepare, submit_launch
+from cluster.summary import summary
 from modular_lm.errors import ConfigError, RunFailedError
+from modular_lm.files import lock
 from modular_lm.tracking.run_folder import RunFolder
+from modular_lm.train.inventory import COMPLETE, step_folder
+from modular_lm.train.ownership import OWNER
 from tests.cluster.test_script import AWKWARD
 from tests.slurm import Slurm
 from tests.support import REPO
@@ -66,6 +71,88 @@ def test_inside_an_allocation_the_job_gets_what_that_has(
     assert (launch.options.gpus_per_node, launch.options.requeue) == (2, False)
     with pytest.raises(ConfigError, match="nodes=2: the allocation has 3"):
         prepare(LaunchConfig(launcher="bash", nodes=2), *asked[1:], is_array=False)
+
+
+@pytest.fixture
+def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is inside a job of SLURM, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+
+def launch_into(folder: str, **options: object) -> Launch:
+    c = LaunchConfig(launcher="bash", cpus_per_node=4, **options)  # type: ignore[arg-type]
+    return prepare(c, [[f"config={DEBUG}", f"dump_dir={folder}"]], lambda _: [], is_array=False)
+
+
+@pytest.mark.usefixtures("allocation")
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(destination: Path) -> None:
+        raise RunFailedError("no space")
+
+    monkeypatch.setattr(folders, "snapshot_code", full)
+    with pytest.raises(RunFailedError, match="no space"):
+        submit_launch(launch_into("x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("allocation")
+def test_a_run_that_slurm_knows_nothing_of_is_left_alone(tmp_path: Path) -> None:
+    launch = launch_into("x")
+    with (
+        lock(tmp_path / "x" / "ray" / "driver.lock"),
+        pytest.raises(ConfigError, match="is being trained by process"),
+    ):
+        submit_launch(launch)
+    assert not (tmp_path / "x" / "code").exists()
+
+
+@pytest.mark.usefixtures("allocation")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("name=a\nb", "name='a\\nb': holds a control"), ("dump_dir=file/x", "file is a file")],
+)
+def test_names_and_folders_that_cannot_be_are_refused(
+    tmp_path: Path, argument: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    c = LaunchConfig(launcher="bash", cpus_per_node=4)
+    request = [f"config={DEBUG}", "dump_dir=x", argument]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepare(c, [request], lambda _: [], is_array=False)
+
+
+@pytest.mark.usefixtures("allocation")
+def test_a_folder_that_may_not_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path} cannot be written")):
+        launch_into("a/b")
+
+
+@pytest.mark.usefixtures("allocation")
+def test_the_command_that_resumes_deletes_nothing(tmp_path: Path) -> None:
+    launch = launch_into("x", override=True)
+    command = _again(launch.jobs, {"override": True, "yes": True, "nodes": 2})
+    assert command == [f"config={tmp_path}/x/base_config.yaml", "nodes=2"]
+    said = summary(launch.options, launch.jobs, ["8"], None)
+    assert "resume      the same command without override=true, when" in said
+
+
+@pytest.mark.usefixtures("allocation")
+def test_checkpoints_in_a_place_of_their_own_stop_an_override(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"dump_dir: x\ncheckpoint: {{path: {tmp_path}/saved}}\n")
+    c = LaunchConfig(launcher="bash", cpus_per_node=4, override=True)
+    asked = c, [[f"config={file}"]], lambda _: []
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / OWNER).write_text(f'{{"uid": "u", "dump_dir": "{tmp_path}/x"}}')
+    prepare(*asked, is_array=False)
+    step_folder(tmp_path / "saved", 3).mkdir()
+    (step_folder(tmp_path / "saved", 3) / COMPLETE).touch()
+    with pytest.raises(ConfigError, match="override=true: deletes nothing in"):
+        prepare(*asked, is_array=False)
 
 
 @pytest.fixture

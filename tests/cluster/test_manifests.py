@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_the_rayjobs_command_is_one_of_ours_and_writes_to_the_shared_volume() ->
     assert int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"][STOP_WAIT]) >= 60
     assert cluster["rayVersion"] == ray.__version__
     assert cluster["authOptions"]["mode"] == "token"
+
+
+def test_extras_that_are_named_are_there() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    (docker,) = re.findall(r"'\.\[(.+)\]'", (CLUSTER / "Dockerfile").read_text())
+    (install,) = re.findall(r"EXTRAS \(e\.g\. (.+?)\)", (CLUSTER / "install.sh").read_text())
+    named = {*docker.split(","), *install.split(",")}
+    assert named <= project["optional-dependencies"].keys()
 
 
 def test_the_dockerfile_has_known_instructions_and_copies_what_there_is() -> None:

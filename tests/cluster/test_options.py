@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from cluster.options import LaunchConfig, duration_s, load_options, split_arguments
-from modular_lm.config import JOBS
+from cluster.options import LaunchConfig, check_options, duration_s, split_arguments
+from modular_lm.config import JOBS, load_config
 from modular_lm.errors import ConfigError
 
 NOT_THE_JOBS = {"dry_run"}
@@ -49,11 +49,11 @@ def test_durations_are_read_as_sbatch_reads_them(text: str, seconds: int) -> Non
         (["launcher=bash", "configs=[a.yaml]"], "configs: a job array needs launcher=sbatch"),
         (["account=a b"], "account='a b': expected a word"),
         (["partition="], "partition='': expected a word"),
-        (["sbatch_options=[reservation=x]"], "sbatch_options=reservation=x: expected --name"),
+        (["sbatch_options=[reservation=x]"], "sbatch_options='reservation=x': expected --name"),
         (["launcher=sbach"], "did you mean sbatch?"),
         (["nodes=0"], "nodes=0: expected a number >= 1"),
     ],
 )
 def test_impossible_options_are_named(args: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        load_options(args)
+        check_options(load_config(LaunchConfig, args)[0])

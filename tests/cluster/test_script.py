@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.options import LaunchConfig
-from cluster.script import batch_script, check_path, expandable
+from cluster.script import batch_script, check_name, check_path, expandable, on_nodes
 from cluster.sites import NodeSetup
 from modular_lm.errors import ConfigError
 
@@ -153,6 +154,30 @@ def test_a_task_of_an_array_finds_its_folder(tmp_path: Path) -> None:
 )
 def test_only_variables_are_expanded(text: str, shown: str) -> None:
     assert run(f"echo {expandable(text)}", A="1 2") == [shown]
+
+
+def test_the_home_folder_is_filled_in_and_a_mistyped_environment_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "my home"))
+    venv = tmp_path / "my home" / "env"
+    (venv / "bin").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=re.escape(f"venv={venv}: holds no bin/activate")):
+        on_nodes(LaunchConfig(venv="~/env"))
+    (venv / "bin" / "activate").touch()
+    container = "run --bind=a~b ~/x.sif ~"
+    options = on_nodes(LaunchConfig(venv="~/env", container=container))
+    assert options.venv == str(venv)
+    home = tmp_path / "my home"
+    assert options.container is not None
+    assert shlex.split(options.container) == ["run", "--bind=a~b", f"{home}/x.sif", str(home)]
+    assert on_nodes(LaunchConfig(venv="$WORK/env")).venv == "$WORK/env"
+
+
+def test_a_name_stays_on_its_line() -> None:
+    check_name(AWKWARD)
+    with pytest.raises(ConfigError, match="holds a control character"):
+        check_name("x\nrm -r y")
 
 
 @pytest.mark.parametrize("name", ["a\\b", "a:b", "a\nb"])

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.options import LaunchConfig, load_options
+from cluster.options import LaunchConfig
 from cluster.sites import FOLDER, NodeSetup, apply_site, load_site
+from modular_lm.config import load_config
 from modular_lm.errors import ConfigError
 
 SITES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def at(site: str, *args: str, **environment: str) -> tuple[LaunchConfig, NodeSetup]:
-    return apply_site(load_options([f"site={site}", *args]), load_site(site), environment)
+    options, _ = load_config(LaunchConfig, [f"site={site}", *args])
+    return apply_site(options, load_site(site), environment)
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -91,6 +93,10 @@ def test_an_unknown_site_is_named() -> None:
         ("descriptio: x", "unknown key descriptio: did you mean description?"),
         ("kinds: {big: {gpu_per_node: 4}}", "kinds.big: unknown key gpu_per_node"),
         ("kinds: {big: {qos: {long: 2 days}}}", "kinds.big.long=2 days: expected minutes"),
+        ("kinds: {big: {longest: 20:00:00}}", "kinds.big: longest=72000: put it in quotes"),
+        ("kinds: {big: {qos: {long: 100:00:00}}}", "kinds.big: qos.long=360000: put it in"),
+        ('kinds: {big: {partition: "a\\nb"}}', "kinds.big.partition='a\\nb': expected a word"),
+        ('sbatch_options: ["--a\\nrm"]', "sbatch_options='--a\\nrm': expected --name"),
         ("kinds: [big]", "kinds: expected a mapping"),
         ("environment: {A-B: x}", "environment.A-B: not a name of a variable"),
         ("a: [", "site="),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from modular_lm.config.schema import PrepareConfig
 from modular_lm.data.prepare import prepare_sources
 from modular_lm.train.inventory import COMPLETE, complete_steps, retain, step_folder
 from ray_jobs import doctor
-from ray_jobs._checks import checkpoints_at_once
+from ray_jobs._checks import checkpoints_at_once, disk_finding
 from ray_jobs._site_checks import version_findings
 from tests.slurm import Slurm
 from tests.support import REPO, free_ports
@@ -111,6 +112,21 @@ def test_after_an_unknown_key_the_rest_is_still_looked_at(examine: Examine) -> N
     assert "ok" in levels(rows, "ray")
 
 
+def test_what_cannot_be_read_or_imported_is_a_row(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "wiki" / "manifest.json").mkdir()  # stands for one that may not be read
+    data = [f"data.root_dir={tmp_path}", "data.sources={wiki: 1}"]
+    code, rows = examine(DEBUG, *data, "ray.num_workers=[2]")
+    assert code == 2
+    assert "expected a number, or [min,max]" in text_of(rows, "config")
+    assert text_of(rows, "gpu").startswith("torch cannot be imported")
+    assert levels(rows, "data") == {"error"}
+
+
 def test_after_a_contradiction_data_and_folders_are_still_looked_at(
     examine: Examine, shards: Path
 ) -> None:
@@ -150,12 +166,16 @@ def test_a_folder_that_cannot_be_made(examine: Examine, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} <= {"file", "here", "cache"}
 
 
-def test_too_many_checkpoints_for_the_disk(examine: Examine) -> None:
+def test_too_many_checkpoints_for_the_disk(examine: Examine, tmp_path: Path) -> None:
     huge = ["model.dim=65536", "model.n_layers=400", "model.n_heads=64", "checkpoint.dump.keep=-1"]
     code, rows = examine(DEBUG, *huge)
     assert code == 2
     assert re.match(r"4 checkpoints of [\d,.]+ GiB need", text_of(rows, "disk"))
     assert "per worker" in text_of(rows, "memory")
+    _, rows = examine(DEBUG, *huge, f"checkpoint.path={tmp_path}/saved")
+    assert f"more, {tmp_path} has" in text_of(rows, "disk")
+    config, _ = load_config(TrainConfig, ["checkpoint.path=s3://bucket/x"])
+    assert disk_finding(config, tmp_path).text == "checkpoint.path=s3://bucket/x: not checked"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,10 @@ def test_mlflow_that_is_away_unfit_or_unwanted(
     assert "not a database" in text_of(examine(DEBUG)[1], "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
     assert "does not write plain folders" in text_of(examine(DEBUG)[1], "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[x")
+    assert "Invalid IPv6 URL" in text_of(examine(DEBUG)[1], "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:port")
+    assert "no MLflow answers: nonnumeric port" in text_of(examine(DEBUG)[1], "mlflow", "warning")
     assert examine(DEBUG, "logging.mlflow.enabled=false")[0] == 0
 
 
@@ -282,6 +306,24 @@ def test_a_batch_script_without_slurm_and_a_script_that_is_no_job(
     code, rows = examine(DEBUG, "script=ray_jobs.trian")
     assert code == 2
     assert "did you mean ray_jobs.train?" in rows[""][0][1]
+
+
+def test_a_batch_script_is_taken_for_its_own_job_and_not_for_sbatchs_variables(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, plan = tmp_path / "submit.slurm", tmp_path / "ray" / "slurm" / "plan.json"
+    script.write_text("#!/bin/bash\n#SBATCH --account=a\n#SBATCH --time=3\n")
+    plan.parent.mkdir(parents=True)
+    plan.write_text('{"script": "ray_jobs.sweep"}')
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\nenv | grep ^SBATCH_ >&2\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("ACCOUNT", "TIMELIMIT", "QOS"):
+        monkeypatch.setenv(f"SBATCH_{name}", "theirs")
+    _, rows = examine(f"script={script}", f"config={REPO}/configs/ablation_debug.yaml")
+    assert "3 variants" in text_of(rows, "sweep", "ok")
+    assert text_of(rows, "slurm", "ok") == "SBATCH_QOS=theirs"
 
 
 def test_packages_out_of_range_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from modular_lm.errors import ConfigError, RunFailedError
+from ray_jobs import _session
 from ray_jobs._session import _passed, ray_session
 from tests.support import REPO, free_ports
 
@@ -76,6 +77,18 @@ def test_an_address_that_is_the_dashboards_or_nobodys(monkeypatch: pytest.Monkey
     (port,) = free_ports(1)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     with pytest.raises(RunFailedError, match="Connection refused"), ray_session():
+        pass
+
+
+def test_a_token_that_is_missing_or_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import AuthenticationError
+
+    def refused() -> None:
+        raise AuthenticationError("Unauthenticated")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(_session, "_join", refused)
+    with pytest.raises(RunFailedError, match="Unauthenticated"), ray_session():
         pass
 
 
