@@ -49,7 +49,8 @@ def attempts(folder: RunFolder) -> int:
 def half_written(folder: RunFolder) -> list[str]:
     """The checkpoints that are being written, by the names of their unfinished folders."""
     there = folder.checkpoints
-    return [name for name in os.listdir(there) if not (there / name / "COMPLETE").exists()]
+    steps = [name for name in os.listdir(there) if name.isdigit()]
+    return [name for name in steps if not (there / name / "COMPLETE").exists()]
 
 
 def freeze_in_a_write(
