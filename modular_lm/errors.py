@@ -19,7 +19,11 @@ class UserFacingError(Exception):
 
 
 class RunFailedError(UserFacingError):
-    """A job started correctly and then failed (dead workers, full disk, lost server)."""
+    """A job started correctly and then failed (dead workers, lost server)."""
+
+
+class FullDiskError(RunFailedError):
+    """A full disk or a spent quota: whoever tries again at once meets it again."""
 
 
 class ConfigError(UserFacingError):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from modular_lm.errors import ConfigError, RunFailedError, reason
+from modular_lm.errors import ConfigError, FullDiskError, RunFailedError, reason
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +69,13 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Raise RunFailedError, naming `path`, where the block meets a full disk or a spent quota."""
+    """Raise FullDiskError, naming `path`, where the block meets a full disk or a spent quota."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise
-        raise RunFailedError(
+        raise FullDiskError(
             f"{path}: {error.strerror}; free some space there, then run the same command again"
         ) from error
 

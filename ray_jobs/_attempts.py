@@ -21,12 +21,12 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from modular_lm.config.checks import largest_world, world_sizes
 from modular_lm.config.schema import RayConfig
-from modular_lm.errors import EXIT_BAD_INPUT, EXIT_FAILED, AgreedError
+from modular_lm.errors import EXIT_BAD_INPUT, EXIT_FAILED, AgreedError, FullDiskError
 from modular_lm.train.attempts import end_attempt, open_attempt
 from modular_lm.train.run import Run
 from modular_lm.train.watchdog import describe
 from ray_jobs._cluster import leaving, room_for, use_gpu, wait_for_workers
-from ray_jobs._failures import explain
+from ray_jobs._failures import cause_of, explain
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class _Attempt:
         if self._asked is not None and self._asked.outcome == "preempted":
             return self._asked
         reason, code = explain(error)
-        if code == EXIT_BAD_INPUT:
+        if code == EXIT_BAD_INPUT or isinstance(cause_of(error), FullDiskError):
             raise AgreedError(reason, code) from error
         if _was_preempted(error):
             return Ended("preempted", reason)

@@ -8,10 +8,10 @@ and the services around a job are the business of `_site_checks`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
+from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -29,7 +29,13 @@ from modular_lm.submission import check_lasting
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.dry_run import memory_estimate
-from modular_lm.train.inventory import COMPLETE, checkpoints_of, complete_steps, step_folder
+from modular_lm.train.inventory import (
+    COMPLETE,
+    checkpoints_of,
+    complete_steps,
+    rules_of,
+    step_folder,
+)
 from modular_lm.train.run import open_run, resolve_config
 
 Level = Literal["ok", "warning", "error"]
@@ -198,20 +204,27 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def checkpoints_at_once(config: TrainConfig) -> int:
-    """The most checkpoints that lie in the run's folder at a time, one being written included.
-
-    Those that both rules keep are counted twice.
-    """
-    dump, evals = config.checkpoint.dump, config.checkpoint.eval
+    """The most checkpoints that lie in the run's folder at a time, one being written included."""
     last = config.stop_at or config.steps
-    n_eval = last // evals.every if evals.every else 0
-    n_dump = last // dump.every if dump.every else 0
-    both = last // math.lcm(dump.every, evals.every) if dump.every and evals.every else 0
-    if not any(every and last % every == 0 for every in (dump.every, evals.every)):
-        n_dump += 1  # the last step is saved in any case
-    groups = ((n_dump, dump.keep), (n_eval, evals.keep))
-    kept = sum(n if keep <= 0 else min(n, keep) for n, keep in groups)
-    return min(kept + 1, n_dump + n_eval - both)
+    periods = [
+        every for c in (config.checkpoint.dump, config.checkpoint.eval) if (every := c.every)
+    ]
+    saved = {step for every in periods for step in range(every, last + 1, every)} | {last}
+    rules = [(keep, counts, deque[int]()) for keep, counts in rules_of(config.checkpoint)]
+    held: Counter[int] = Counter()  # by how many rules
+    most = 0
+    for step in sorted(saved):
+        most = max(most, len(held) + 1)
+        for keep, counts, newest in rules:
+            if counts(step):
+                newest.append(step)
+                held[step] += 1
+            if len(newest) > keep > 0:
+                left = newest.popleft()
+                held[left] -= 1
+                if not held[left]:
+                    del held[left]
+    return most
 
 
 def _size(folder: Path) -> int:

@@ -11,7 +11,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     Ray wraps what was raised (in workers, in tasks of Ray Data) and puts whole tracebacks into
     the text; the innermost exception is what happened.
     """
-    cause = _innermost(error)
+    cause = cause_of(error)
     if isinstance(cause, UserFacingError):
         return str(cause), cause.exit_code
     # The text of a wrapped traceback ends with the line that matters.
@@ -21,7 +21,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"training failed: {text}", EXIT_FAILED
 
 
-def _innermost(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
+    """What happened, without what Ray has wrapped around it."""
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
@@ -41,5 +42,5 @@ def _first(failures: dict[int, BaseException]) -> BaseException:
 
     When a rank fails, the others fail too, in their collectives.
     """
-    causes = [_innermost(failures[rank]) for rank in sorted(failures)]
+    causes = [cause_of(failures[rank]) for rank in sorted(failures)]
     return next((c for c in causes if isinstance(c, UserFacingError)), causes[0])

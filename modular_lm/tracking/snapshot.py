@@ -59,31 +59,20 @@ def snapshot_code(destination: Path) -> dict[str, Any]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if not source.is_dir():
+    """Not by shutil.copytree, whose errors are a text of all files and do not tell a full disk."""
+    if source.is_dir():
+        target.mkdir()
+        for inner in source.iterdir():
+            if not _is_ignored(inner):
+                _copy(inner, target / inner.name)
+    else:
         shutil.copy2(source, target)
-        return
-
-    def copy_file(source: str, target: str) -> str:
-        # As an OSError it would only be one of a list, at the end, with its number lost.
-        with full_disk_named(Path(target)):
-            return shutil.copy2(source, target)
-
-    shutil.copytree(source, target, ignore=_ignored, copy_function=copy_file)
 
 
-def _ignored(folder: str, names: list[str]) -> set[str]:
-    """Caches, hidden files, and what is too big to be a source."""
-    return {
-        name
-        for name in names
-        if name == "__pycache__"
-        or name.startswith(".")
-        or name.endswith((".pyc", ".so"))
-        or _is_too_big(Path(folder, name))
-    }
-
-
-def _is_too_big(path: Path) -> bool:
+def _is_ignored(path: Path) -> bool:
+    """Whether it is a cache, hidden, or too big to be a source."""
+    if path.name == "__pycache__" or path.name.startswith(".") or path.suffix in (".pyc", ".so"):
+        return True
     return path.is_file() and path.stat().st_size > _LARGEST_SOURCE
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, overload
 
@@ -166,15 +167,25 @@ def retain(checkpoints: Place, config: CheckpointConfig) -> list[int]:
     steps = complete_steps(checkpoints)
     kept = {steps[-1]} if steps else set()
     rolling = {s for s in steps if _is_rolling(checkpoints, s, config)}
-    evals = {s for s in steps if _is_due(s, config.eval.every)}
-    dumps = {s for s in steps if _is_due(s, config.dump.every) or s not in evals | rolling}
-    for keep, group in ((config.eval.keep, evals), (config.dump.keep, dumps)):
-        members = sorted(group)
+    for keep, counts in rules_of(config):
+        members = [s for s in steps if counts(s) and s not in rolling]
         kept |= set(members if keep <= 0 else members[-keep:])
     gone = [s for s in steps if s not in kept]
     for step in gone:
         remove(step_folder(checkpoints, step))
     return gone
+
+
+def rules_of(config: CheckpointConfig) -> list[tuple[int, Callable[[int], bool]]]:
+    """How many of the newest each rule keeps (0 or less: all), and which steps count for it."""
+
+    def is_eval(step: int) -> bool:
+        return _is_due(step, config.eval.every)
+
+    def is_dump(step: int) -> bool:
+        return _is_due(step, config.dump.every) or not is_eval(step)
+
+    return [(config.eval.keep, is_eval), (config.dump.keep, is_dump)]
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -8,8 +8,8 @@ from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from modular_lm.errors import DataError, RunFailedError
-from ray_jobs._failures import explain
+from modular_lm.errors import DataError, FullDiskError, RunFailedError
+from ray_jobs._failures import cause_of, explain
 
 
 def wrapped(error: Exception) -> Exception:
@@ -36,6 +36,13 @@ def test_bad_input_found_in_a_task_keeps_its_exit_code() -> None:
     shard = wrapped(in_task(DataError("train-00000.parquet: cut short")))
     error = WorkerGroupError("many lines", {0: lost_peer, 1: shard})
     assert explain(error) == ("train-00000.parquet: cut short", 2)
+
+
+def test_a_full_disk_is_recognised_in_what_ray_wraps() -> None:
+    lost_peer = wrapped(RuntimeError("connection closed by peer"))
+    error = WorkerGroupError("many lines", {0: wrapped(FullDiskError("full")), 1: lost_peer})
+    assert isinstance(cause_of(error), FullDiskError)
+    assert explain(error) == ("full", 1)
 
 
 def test_anything_else_is_one_line_without_a_traceback() -> None:
