@@ -2,65 +2,54 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+from tests.support import REPO
+
 ABOVE = ("train", "eval", "generate", "tracking", "parallel", "optim", "cli")
 HEAVY = ("ray", "mlflow", "xformers", "lm_eval", "huggingface_hub")
 
 
-def imported(file: Path, *, top_level_only: bool) -> Iterator[str]:
-    tree = ast.parse(file.read_text())
-    for node in _at_import(tree) if top_level_only else _in_module(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            yield node.module or ""
+Imports = dict[str, dict[str, list[str]]]
 
 
-def _in_module(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything but what runs only where the module is a command."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "__name__ == '__main__'":
-            continue
-        yield child
-        yield from _in_module(child)
+@pytest.fixture(scope="module")
+def imports() -> Imports:
+    """By file: the modules it imports, `anywhere` and `at_import`."""
+    read = subprocess.run(
+        [sys.executable, "-m", "tests.imports"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return json.loads(read.stdout)
 
 
-def _at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything that runs when a module is imported: all but the bodies of functions."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        yield child
-        yield from _at_import(child)
-
-
-def offenders(part: str, banned: tuple[str, ...], *, top_level_only: bool = False) -> list[str]:
-    found = []
-    files = sorted((REPO / part).rglob("*.py")) or [REPO / f"{part}.py"]
-    for file in files:
-        for name in imported(file, top_level_only=top_level_only):
-            if any(name == b or name.startswith(f"{b}.") for b in banned):
-                found.append(f"{file.relative_to(REPO)}: {name}")
-    return found
+def offenders(
+    imports: Imports, part: str, banned: tuple[str, ...], when: str = "anywhere"
+) -> list[str]:
+    files = [f for f in imports if f == f"{part}.py" or f.startswith(f"{part}/")]
+    assert files, f"no such part: {part}"
+    return [
+        f"{file}: {name}"
+        for file in files
+        for name in imports[file][when]
+        if any(name == b or name.startswith(f"{b}.") for b in banned)
+    ]
 
 
 def library(*parts: str) -> tuple[str, ...]:
     return tuple(f"modular_lm.{p}" for p in parts)
 
 
-def test_the_library_loads_heavy_packages_only_where_used() -> None:
-    assert offenders("modular_lm", HEAVY, top_level_only=True) == []
+def test_the_library_loads_heavy_packages_only_where_used(imports: Imports) -> None:
+    assert offenders(imports, "modular_lm", HEAVY, "at_import") == []
 
 
 @pytest.mark.parametrize(
@@ -78,8 +67,8 @@ def test_the_library_loads_heavy_packages_only_where_used() -> None:
         ("ray_jobs", ("cluster",)),
     ],
 )
-def test_imports_point_one_way(part: str, banned: tuple[str, ...]) -> None:
-    assert offenders(part, banned) == []
+def test_imports_point_one_way(imports: Imports, part: str, banned: tuple[str, ...]) -> None:
+    assert offenders(imports, part, banned) == []
 
 
 @pytest.mark.parametrize(
