@@ -115,6 +115,7 @@ class _Job:
         self, plan: JobPlan, plan_file: Path, allocation: Allocation, shared: SharedFiles
     ) -> None:
         self._plan, self._plan_file, self._allocation = plan, plan_file, allocation
+        self._shared = shared
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         output = Path(plan.dump_dir) / "logs" / "ray" / f"{allocation.attempt}.log"
         self._nodes = NodeGroup(plan, allocation, shared, output)
@@ -137,6 +138,9 @@ class _Job:
             code = self._start_and_drive()
         finally:
             left = _TEARDOWN_S if self._cause is None else self._cause.teardown_s
+            if left < _TEARDOWN_S:
+                # SLURM may kill this process before its end, and the secret would stay.
+                self._shared.remove()
             self._nodes.take_down(left, self._ignore_signals)
         return code
 
@@ -259,7 +263,7 @@ class _Job:
     def _on_loss(self, name: str, why: str) -> None:
         self._lost = True
         left = len(self._nodes.up)
-        log.warning("node %s is lost (%s); %d are left", name, why, left)
+        log.warning("node %s is lost (%s); nodes left: %d", name, why, left)
         is_head = name == self._nodes.head.name
         if is_head or left < self._plan.enough_nodes:
             reason = f"{self._allocation} has lost node {name}: {why}"

@@ -1,9 +1,10 @@
 """On every node of a job, under srun: check the node, run its Ray, end it and clean up.
 
 `python -m cluster.node PLAN ATTEMPT HOST PORT` is started by `cluster.allocation` and does what
-that says over the wire. It decides one thing alone: when the wire is cut it ends everything here,
-so that nothing outlives the job. Signals of SLURM mean the job, not this process: they are passed
-on, for that of a preemption is sent to the steps of a job only.
+that says over the wire. When the wire is cut it ends everything here, so that nothing outlives the
+job, and then sees to it that the job goes on if its first node is lost (`_orphans`). Signals of
+SLURM mean the job, not this process: they are passed on, for that of a preemption is sent to the
+steps of a job only.
 
 Messages to a node: claim (first, size), start (head, dashboard), stop (grace_s). From it: hello
 (node, address, host, word), claimed (taken), ready, lost (why), signal (number), stopped.
@@ -29,11 +30,12 @@ import psutil
 
 from cluster import _control, _ray_start
 from cluster._control import Message
+from cluster._orphans import go_on_without_first_node
 from cluster._ray_logs import save_logs
 from cluster._shared_files import SharedFiles
 from cluster.plan import JobPlan
 from cluster.ports import PortBlock, claimed
-from cluster.scheduler import node_address
+from cluster.scheduler import node_address, this_allocation
 from modular_lm.errors import ConfigError, RunFailedError, UserFacingError, reason
 
 _BEAT_S = 0.5
@@ -58,9 +60,11 @@ def main(plan_file: str, attempt: str, host: str, port: str) -> int:
         raise RunFailedError(f"{name}: no way to {host}:{port}: {reason(error)}") from error
     folder = _own_folder(plan.temp_root, attempt, name)
     try:
-        _Node(plan, name, attempt, folder, connection, signals).serve(word)
+        is_told = _Node(plan, name, attempt, folder, connection, signals).serve(word)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if not is_told:
+        go_on_without_first_node(plan, this_allocation(), name)
     return 0
 
 
@@ -99,10 +103,11 @@ class _Node:
         self._process: subprocess.Popen | None = None
         self._is_up = False
 
-    def serve(self, word: str) -> None:
+    def serve(self, word: str) -> bool:
         """Do what is asked until the end; the node's Ray is gone when this returns.
 
-        word: what this node has written for the first to read.
+        word: what this node has written for the first to read. Returns whether the end was asked
+        for; else the allocation is gone.
         """
         grace = _CUT_GRACE_S
         host = _this_machine()
@@ -112,12 +117,13 @@ class _Node:
                 message = self._next()
                 if message is not None and message["kind"] == "stop":
                     grace = message["grace_s"]
-                    return
+                    return True
                 while self._signals:
                     self._send("signal", number=self._signals.pop(0))
                 self._turn(message)
         except _Gone:
             print(f"{self._name}: the allocation is gone", flush=True)
+            return False
         finally:
             self._end(grace)
             with contextlib.suppress(_Gone):

@@ -1,4 +1,4 @@
-"""What SLURM says of the job that this process belongs to, and the one thing asked of it: requeue.
+"""What SLURM says of the job that this process belongs to, and what is asked of it.
 
 The launcher's side (sbatch) is not here. Commands of SLURM are run as they are on the PATH; a
 controller that does not answer is an unknown answer, never a reason to end a job.
@@ -57,8 +57,13 @@ def this_allocation(environment: Mapping[str, str] = os.environ) -> Allocation:
     if "SLURM_ARRAY_JOB_ID" in environment:
         # The last task has the array's own number, by which commands would mean all tasks.
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    nodes = _run("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+    nodes = hostnames(environment["SLURM_JOB_NODELIST"])
     return Allocation(job, int(environment.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
+
+
+def hostnames(node_list: str) -> list[str]:
+    """The nodes that SLURM writes as n[0-3]. Raises RunFailedError."""
+    return _run("scontrol", "show", "hostnames", node_list).split()
 
 
 def number_of(allocation: Allocation) -> int:
@@ -70,11 +75,15 @@ def number_of(allocation: Allocation) -> int:
 @dataclass(frozen=True)
 class JobStatus:
     """state: RUNNING, COMPLETING, ...; preempted: within the grace time of a preemption; ends_in:
-    seconds until SLURM ends the job, None if it does not say."""
+    seconds until SLURM ends the job, None if it does not say; restarts, node_list: as they are now;
+    is_batch: whether it has a batch script."""
 
     state: str
     preempted: bool
     ends_in: float | None
+    restarts: int = 0
+    node_list: str = ""
+    is_batch: bool = False
 
 
 def job_status(allocation: Allocation, ends_in: float | None = None) -> JobStatus:
@@ -96,6 +105,9 @@ def parse_status(shown: str, now: float) -> JobStatus:
         state=fields.get("JobState", "UNKNOWN"),
         preempted=_timestamp(fields.get("PreemptTime", "")) is not None,
         ends_in=None if ends is None else ends - now,
+        restarts=int(fields.get("Restarts", 0)),
+        node_list=fields.get("NodeList", ""),
+        is_batch=fields.get("BatchFlag") == "1",
     )
 
 
@@ -116,6 +128,11 @@ def requeue(allocation: Allocation) -> None:
     Raises RunFailedError where SLURM refuses.
     """
     _run("scontrol", "requeue", allocation.job)
+
+
+def cancel(allocation: Allocation) -> None:
+    """End this job. Raises RunFailedError where SLURM refuses."""
+    _run("scancel", allocation.job)
 
 
 def node_address(node: str) -> str:

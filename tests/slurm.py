@@ -118,6 +118,13 @@ class Slurm:
 
         return wait_until(reached, f"job {job_id} to be {' or '.join(states)}", timeout)
 
+    def take_away(self, node: str) -> None:
+        """What runs on this node is lost, as if it failed; then it is there again."""
+        change = ("scontrol", "update", f"nodename={node}")
+        self.run(*change, "state=down", "reason=test")
+        # Refused where the node's next answer has brought it back by itself (ReturnToService).
+        subprocess.run([*change, "state=resume"], env=self.environment, capture_output=True)
+
     def cancel_all(self) -> None:
         """Cancel all jobs and wait until they, and their processes, are gone."""
         self.run("scancel", "--user=root")

@@ -15,7 +15,7 @@ from modular_lm.errors import ConfigError, RunFailedError
 # As printed by SLURM 22.05, shortened.
 RUNNING = (
     "JobId=6 JobName=train UserId=root(0) Nice=0 JobState=RUNNING Reason=None Dependency=(null) "
-    "Requeue=1 Restarts=0 ExitCode=0:0 RunTime=00:00:03 StartTime=2026-11-29T12:36:54 "
+    "Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:0 RunTime=00:00:03 StartTime=2026-11-29T12:36:54 "
     "EndTime=2026-11-29T12:41:54 Deadline=N/A PreemptEligibleTime=2026-11-29T12:36:54 "
     "PreemptTime=None SuspendTime=None NodeList=n[0-1] BatchHost=n0\n"
 )
@@ -23,9 +23,9 @@ NOW = datetime.fromisoformat("2026-11-29T12:40:54").timestamp()
 
 
 def test_a_running_job_has_an_end() -> None:
-    assert parse_status(RUNNING, NOW) == JobStatus("RUNNING", False, 60.0)
+    assert parse_status(RUNNING, NOW) == JobStatus("RUNNING", False, 60.0, 2, "n[0-1]", True)
     endless = RUNNING.replace("EndTime=2026-11-29T12:41:54", "EndTime=Unknown")
-    assert parse_status(endless, NOW) == JobStatus("RUNNING", False, None)
+    assert parse_status(endless, NOW).ends_in is None
 
 
 def test_a_preempted_job_is_told_from_one_that_may_be() -> None:

@@ -68,13 +68,14 @@ class Jobs:
     def finish(self, job: str, name: str, state: str = "COMPLETED") -> None:
         """Wait until a job has ended, and fail with its output unless so."""
         ended = self.slurm.wait(job, *ENDED)
-        assert ended == state, self.output(name)
+        logs = self.folder(name).logs
+        files = [*logs.glob("slurm-*.out"), *logs.glob("ray/*.log")]
+        assert ended == state, "\n".join(f"--- {f}\n{f.read_text()[-6000:]}" for f in files)
 
-    def output(self, name: str) -> str:
-        """The ends of what a job and its nodes printed."""
-        files = [*self.folder(name).logs.glob("slurm-*.out")]
-        files += self.folder(name).logs.glob("ray/*.log")
-        return "\n".join(f"--- {f}\n{f.read_text()[-6000:]}" for f in files)
+    def output(self, name: str, job: str) -> str:
+        """What a job has printed so far, in all of its starts."""
+        file = self.folder(name).logs / f"slurm-{job}.out"
+        return file.read_text() if file.exists() else ""
 
     def workers(self, name: str) -> dict[str, psutil.Process]:
         """The training processes of a run, by the node that SLURM knows them on."""
@@ -162,8 +163,22 @@ def test_a_node_that_is_lost_ends_the_attempt_and_the_job_is_requeued(training: 
     assert complete_steps(folder.checkpoints)[-1] == 40
     assert list(losses(folder)) == list(range(1, 41))
     assert len(attempts(folder)) >= 2
-    assert "node n1 is lost" in training.output("lost")
+    assert "node n1 is lost" in training.output("lost", job)
     assert training.slurm.restarts(job) == 1
+
+
+@pytest.mark.chaos
+def test_an_elastic_run_goes_on_with_the_node_that_is_left(training: Jobs) -> None:
+    job = training.submit("shrunk", "ray.num_workers=[1,2]")
+    training.reach("shrunk", 12)
+    training.raylet(job, "n1").send_signal(signal.SIGKILL)
+    training.finish(job, "shrunk")
+    folder = training.folder("shrunk")
+    assert complete_steps(folder.checkpoints)[-1] == 40
+    sizes = [attempt["world_size"] for attempt in attempts(folder)]
+    assert (sizes[0], sizes[-1]) == (2, 1)
+    assert "node n1 is lost" in training.output("shrunk", job)
+    assert training.slurm.restarts(job) == 0
 
 
 @pytest.mark.chaos
@@ -176,7 +191,7 @@ def test_a_job_that_is_stopped_before_it_begins_is_not_requeued_for_ever(trainin
         slurm.run("scancel", "--signal=USR1", "--batch", job)
     training.finish(job, "never", "FAILED")
     assert slurm.restarts(job) == 1
-    assert "has saved no checkpoint since: it ends here" in training.output("never")
+    assert "has saved no checkpoint since: it ends here" in training.output("never", job)
     assert slurm.exit_code(job) == 1
 
 
@@ -186,11 +201,8 @@ def test_a_node_that_slurm_takes_away(training: Jobs) -> None:
     slurm = training.slurm
     job = training.submit("down")
     training.reach("down", 12)
-    slurm.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
-    try:
-        wait_until(lambda: "node n1 is lost" in training.output("down"), "the loss", 120)
-    finally:
-        slurm.run("scontrol", "update", "nodename=n1", "state=resume")
+    slurm.take_away("n1")
+    wait_until(lambda: "node n1 is lost" in training.output("down", job), "the loss", 120)
     training.finish(job, "down")
     assert complete_steps(training.folder("down").checkpoints)[-1] == 40
 
@@ -200,9 +212,8 @@ def test_the_first_node_is_lost_and_slurm_requeues(training: Jobs) -> None:
     slurm = training.slurm
     job = training.submit("first")
     training.reach("first", 12)
-    slurm.run("scontrol", "update", "nodename=n0", "state=down", "reason=test")
+    slurm.take_away("n0")
     wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
-    slurm.run("scontrol", "update", "nodename=n0", "state=resume")
     training.finish(job, "first")
     folder = training.folder("first")
     assert complete_steps(folder.checkpoints)[-1] == 40

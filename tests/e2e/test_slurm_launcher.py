@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modular_lm.sweep.folder import SweepFolder
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.inventory import complete_steps
 from tests.slurm import NODES, Slurm
@@ -121,3 +122,22 @@ def test_an_array_and_an_allocation_of_ones_own(
         assert complete_steps(run.checkpoints) == [10]
     assert slurm_alone.wait(mine, *ENDED) == "COMPLETED", (tmp_path / "mine.out").read_text()
     assert complete_steps(RunFolder(tmp_path / "mine").checkpoints) == [10]
+
+
+@pytest.mark.chaos
+def test_the_trials_of_a_sweep_run_on_both_nodes(
+    slurm_alone: Slurm, cache: Path, tmp_path: Path
+) -> None:
+    sweep = SweepFolder(tmp_path / "sweep")
+    small = ["sweep.seeds=[0]", *(a for a in TINY[1:] if "agg" not in a and "module" not in a)]
+    said = launch(
+        slurm_alone, cache, "script=ray_jobs.sweep", "config=configs/ablation_debug.yaml", *small,
+        "ray.cpus_per_worker=2", "nodes=2", "cpus_per_node=3", "time=10", "signal_s=60",
+        f"dump_dir={sweep.path}",
+    )  # fmt: skip
+    job = re.findall(r"^job (\d+): ", said, re.MULTILINE)[0]
+    wait(slurm_alone, job, sweep.path)
+    assert {trial["status"] for trial in sweep.trials()} == {"done"}
+    attempts = [sweep.run(trial["name"]).last_event("attempt") for trial in sweep.trials()]
+    assert len({str(attempt["addresses"]) for attempt in attempts if attempt}) == 2
+    assert sweep.report("html").is_file()
