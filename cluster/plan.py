@@ -28,7 +28,7 @@ class JobPlan:
     requeue: put the job back into the queue when it ends before its work is done.
     min_nodes: how many nodes are enough, at the start and after a loss; 0: all of them.
     start_timeout_s: how long the nodes may take to come up.
-    port_range: ports [first, last) of which every job takes a block.
+    port_range: ports [first, end) of which every job takes a block.
     temp_root: short folder on each node's own disk.
     container: command before which `python3` runs in a container on each node, "" without one.
     """

@@ -55,7 +55,9 @@ class Site:
 
     account_variable: environment variable of the login node that names the account to charge;
     module_purge: begin with no modules; environment: variables of the job, in whose values $NAME is
-    replaced on the node; temp_root: a short folder on each node's own disk.
+    replaced on the node; temp_root: a short folder on each node's own disk; port_range: ports
+    [first, end) of which every job takes a block; start_timeout_s: seconds that nodes may take to
+    come, and then Ray.
     """
 
     description: str = ""
@@ -64,6 +66,8 @@ class Site:
     module_purge: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     temp_root: str = "/tmp"
+    port_range: list[int] = field(default_factory=lambda: [20000, 32000])
+    start_timeout_s: int = 600
     kinds: dict[str, Kind] = field(default_factory=dict)
 
 
@@ -75,6 +79,8 @@ class NodeSetup:
     module_purge: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     temp_root: str = "/tmp"
+    port_range: tuple[int, int] = (20000, 32000)
+    start_timeout_s: int = 600
 
 
 def load_site(name: str) -> Site:
@@ -105,7 +111,14 @@ def apply_site(
     if kind.gpus_per_node and gpus > kind.gpus_per_node:
         raise ConfigError(f"gpus_per_node={gpus}: nodes of kind={c.kind} have {kind.gpus_per_node}")
     _check_time(c, kind)
-    setup = NodeSetup(tuple(kind.module_load), site.module_purge, site.environment, site.temp_root)
+    setup = NodeSetup(
+        modules=tuple(kind.module_load),
+        module_purge=site.module_purge,
+        environment=site.environment,
+        temp_root=site.temp_root,
+        port_range=(site.port_range[0], site.port_range[1]),
+        start_timeout_s=site.start_timeout_s,
+    )
     options = dataclasses.replace(
         c,
         gpus_per_node=gpus,
@@ -140,6 +153,10 @@ def _read(values: Any) -> Site:
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(f"environment.{name}: not a name of a variable")
     check_sbatch_options(site.sbatch_options)
+    if not (len(site.port_range) == 2 and 1024 <= site.port_range[0] < site.port_range[1] <= 65536):
+        raise ConfigError(f"port_range={site.port_range}: expected [first, end] in 1024 to 65536")
+    if site.start_timeout_s < 1:
+        raise ConfigError(f"start_timeout_s={site.start_timeout_s}: expected seconds, 1 or more")
     for name, kind in site.kinds.items():
         for word in ("partition", "constraint", "account_suffix"):
             check_word(f"kinds.{name}.{word}", getattr(kind, word))

@@ -257,6 +257,8 @@ def _plan(launch: Launch, job: Job) -> JobPlan:
         gpus_per_node=c.gpus_per_node or 0,
         requeue=c.requeue,
         min_nodes=fewest_nodes(c, job),
+        start_timeout_s=launch.setup.start_timeout_s,
+        port_range=launch.setup.port_range,
         temp_root=launch.setup.temp_root,
         container=c.container or "",
     )

@@ -99,6 +99,9 @@ def test_an_unknown_site_is_named() -> None:
         ('sbatch_options: ["--a\\nrm"]', "sbatch_options='--a\\nrm': expected --name"),
         ("kinds: [big]", "kinds: expected a mapping"),
         ("environment: {A-B: x}", "environment.A-B: not a name of a variable"),
+        ("port_range: [30000, 20000]", "port_range=[30000, 20000]: expected [first, end]"),
+        ("port_range: [20000]", "port_range=[20000]: expected [first, end]"),
+        ("start_timeout_s: 0", "start_timeout_s=0: expected seconds"),
         ("a: [", "site="),
     ],
 )
@@ -112,6 +115,8 @@ def test_a_profile_with_a_mistake_is_named(tmp_path: Path, text: str, message: s
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("kinds: {big: {partition: big, gpus_per_node: 8, cpus_per_gpu: 12}}")
-    options, _ = at(str(file), "kind=big")
+    big = "kinds: {big: {partition: big, gpus_per_node: 8, cpus_per_gpu: 12}}"
+    file.write_text(f"port_range: [40000, 50000]\nstart_timeout_s: 60\n{big}\n")
+    options, setup = at(str(file), "kind=big")
     assert (options.partition, options.cpus_per_node) == ("big", 96)
+    assert (setup.port_range, setup.start_timeout_s) == ((40000, 50000), 60)

@@ -124,7 +124,6 @@ def stop_reasons(folder: RunFolder) -> list[str]:
     return [event["reason"] for event in folder.events() if event["event"] == "stop_requested"]
 
 
-@pytest.mark.chaos
 def test_two_jobs_share_both_hosts_and_one_is_interrupted_and_requeued(training: Jobs) -> None:
     """By the signal ahead of the time limit; it ends where the other, undisturbed one does."""
     slurm = training.slurm
@@ -152,7 +151,6 @@ def test_two_jobs_share_both_hosts_and_one_is_interrupted_and_requeued(training:
             assert all((folder / "raylet.out").stat().st_size > 0 for folder in saved)
 
 
-@pytest.mark.chaos
 def test_a_node_that_is_lost_ends_the_attempt_and_the_job_is_requeued(training: Jobs) -> None:
     """All nodes are needed: what is left of the job goes back into the queue by itself."""
     job = training.submit("lost")
