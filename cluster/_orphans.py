@@ -1,8 +1,8 @@
 """What a job's other nodes do when the first one is gone, and with it the allocation's process.
 
-Under --no-kill SLURM only takes a lost node out of a job. One that has lost the node of its batch
-script would stay as it is until its time limit, or fail: so the nodes that are left put it back
-into the queue, or end it.
+SLURM itself requeues a job that needs all of its nodes. From one that does not (--no-kill) it only
+takes a lost node out, and without that of its batch script the job would stay as it is until its
+time limit: so the nodes that are left put it back into the queue, or end it.
 """
 
 from __future__ import annotations

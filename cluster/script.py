@@ -86,10 +86,12 @@ def batch_script(
     name: str,
     setup: NodeSetup,
     array_dir: Path | None = None,
+    no_kill: bool = False,
 ) -> str:
     """The script for one job, or with `array_dir` for an array with a task per folder.
 
-    command: how to make this script again.
+    command: how to make this script again. no_kill: the job can go on without some of its nodes,
+    so SLURM is not to end and requeue it when it loses one.
     """
     if array_dir is None:
         assert len(dump_dirs) == 1
@@ -110,7 +112,10 @@ def batch_script(
         "#!/bin/bash",
         "# Written by the launcher, and again at every submission. To submit or to resume:",
         *(f"#   {line}" for line in command.splitlines()),
-        *(f"#SBATCH {option}" for option in [*_sbatch_options(options, name, log), *array]),
+        *(
+            f"#SBATCH {option}"
+            for option in [*_sbatch_options(options, name, log, no_kill), *array]
+        ),
         "",
         *task,
         *_set_up(options, setup),
@@ -136,7 +141,7 @@ def _escaped(text: str) -> str:
     return re.sub(r'([\\"$`])', r"\\\1", text)
 
 
-def _sbatch_options(c: LaunchConfig, name: str, log: Path) -> list[str]:
+def _sbatch_options(c: LaunchConfig, name: str, log: Path, no_kill: bool) -> list[str]:
     resources = {
         "job-name": c.job_name or name,
         "nodes": c.nodes,
@@ -155,8 +160,8 @@ def _sbatch_options(c: LaunchConfig, name: str, log: Path) -> list[str]:
         "signal": f"B:USR1@{c.signal_s}",
     }
     given = [f"--{key}={_for_sbatch(str(v))}" for key, v in resources.items() if v is not None]
-    # A lost node does not end the job.
-    return [*given, "--no-kill", "--requeue" if c.requeue else "--no-requeue", *c.sbatch_options]
+    given += ["--no-kill"] if no_kill else []
+    return [*given, "--requeue" if c.requeue else "--no-requeue", *c.sbatch_options]
 
 
 def _for_sbatch(text: str) -> str:

@@ -157,6 +157,7 @@ def prepare(
         name=todo[0].name,
         setup=setup,
         array_dir=array_dir,
+        no_kill=any(fewest_nodes(options, job) < options.nodes for job in todo),
     )
     starts = ""
     if options.launcher == "sbatch" and (has_sbatch() or not options.dry_run):

@@ -66,7 +66,6 @@ SchedulerParameters=sched_min_interval=200000,batch_sched_delay=0,bf_interval=1,
 JobRequeue=1
 EnforcePartLimits=ALL
 MinJobAge=3600
-KillWait=5
 {nodes}
 PartitionName=DEFAULT Nodes=ALL MaxTime=1-0 DefaultTime=10
 PartitionName=main Default=YES PriorityTier=1 GraceTime=90 PreemptMode=CANCEL
@@ -124,6 +123,21 @@ class Slurm:
         self.run(*change, "state=down", "reason=test")
         # Refused where the node's next answer has brought it back by itself (ReturnToService).
         subprocess.run([*change, "state=resume"], env=self.environment, capture_output=True)
+
+    def fail(self, node: str) -> None:
+        """The machine of this node is gone without a word, and SLURM finds out."""
+        daemon = psutil.Process(int((self.folder / f"slurmd-{node}.pid").read_text()))
+        there = [p for p in self.processes() if _environment_of(p).get("SLURMD_NODENAME") == node]
+        watchers = {w for p in there for w in p.parents() if w.name() == "slurmstepd"}
+        # Those that would tell of it first.
+        for process in (daemon, *watchers, *there):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def repair(self, node: str) -> None:
+        """The machine is there again."""
+        _daemon(self, "slurmd", "-f", self.environment["SLURM_CONF"], "-c", "-N", node)
 
     def cancel_all(self) -> None:
         """Cancel all jobs and wait until they, and their processes, are gone."""
@@ -252,6 +266,12 @@ def _stop(folder: Path) -> list[psutil.Process]:
     for daemon in stuck:
         daemon.kill()
     return [p for p in psutil.process_iter() if _belongs_to(p, folder)]
+
+
+def _environment_of(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error):
+        return process.environ()
+    return {}
 
 
 def _belongs_to(process: psutil.Process, folder: Path) -> bool:

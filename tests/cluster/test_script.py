@@ -76,7 +76,6 @@ def test_all_options_are_in_the_script(tmp_path: Path) -> None:
         f"--output={tmp_path}/logs/slurm-%j.out",
         "--open-mode=append",
         "--signal=B:USR1@120",
-        "--no-kill",
         "--requeue",
         "--hint=nomultithread",
     ]
@@ -86,7 +85,7 @@ def test_what_is_not_given_is_left_to_slurm(tmp_path: Path) -> None:
     named = {option.partition("=")[0] for option in options_of(script(tmp_path, requeue=False))}
     assert named == {
         *("--job-name", "--nodes", "--ntasks-per-node", "--cpus-per-task", "--output"),
-        *("--open-mode", "--signal", "--no-kill", "--no-requeue"),
+        *("--open-mode", "--signal", "--no-requeue"),
     }
 
 

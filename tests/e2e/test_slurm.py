@@ -194,25 +194,33 @@ def test_a_job_that_is_stopped_before_it_begins_is_not_requeued_for_ever(trainin
 
 
 @pytest.mark.chaos
-def test_a_node_that_slurm_takes_away(training: Jobs) -> None:
-    """`scontrol update state=down`: the node's processes are gone, the job goes on elsewhere."""
+@pytest.mark.parametrize("node", NODES)
+def test_a_node_that_slurm_takes_away(training: Jobs, node: str) -> None:
+    """`scontrol update state=down`: a job that needs all of its nodes is requeued by SLURM."""
     slurm = training.slurm
     job = training.submit("down")
     training.reach("down", 12)
-    slurm.take_away("n1")
-    wait_until(lambda: "node n1 is lost" in training.output("down", job), "the loss", 120)
+    slurm.take_away(node)
+    wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
     training.finish(job, "down")
-    assert complete_steps(training.folder("down").checkpoints)[-1] == 40
+    folder = training.folder("down")
+    assert complete_steps(folder.checkpoints)[-1] == 40
+    assert attempts(folder)[-1]["start_step"] >= 10
 
 
 @pytest.mark.chaos
-def test_the_first_node_is_lost_and_slurm_requeues(training: Jobs) -> None:
+def test_the_first_machine_fails_and_the_other_node_requeues(training: Jobs) -> None:
+    """A job that can do with one node is not ended by SLURM, but has lost what drives it."""
     slurm = training.slurm
-    job = training.submit("first")
+    job = training.submit("first", "ray.num_workers=[1,2]")
     training.reach("first", 12)
-    slurm.take_away("n0")
-    wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
+    slurm.fail("n0")
+    try:
+        wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
+    finally:
+        slurm.repair("n0")
     training.finish(job, "first")
+    assert "has lost its first node, n0: requeued by n1" in training.output("first", job)
     folder = training.folder("first")
     assert complete_steps(folder.checkpoints)[-1] == 40
     assert attempts(folder)[-1]["start_step"] >= 10

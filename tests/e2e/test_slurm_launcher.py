@@ -129,7 +129,11 @@ def test_the_trials_of_a_sweep_run_on_both_nodes(
     slurm_alone: Slurm, cache: Path, tmp_path: Path
 ) -> None:
     sweep = SweepFolder(tmp_path / "sweep")
-    small = ["sweep.seeds=[0]", *(a for a in TINY[1:] if "agg" not in a and "module" not in a)]
+    small = [
+        "sweep.seeds=[0]",
+        "sweep.budget=steps",
+        *(a for a in TINY[1:] if "agg" not in a and "module" not in a),
+    ]
     said = launch(
         slurm_alone, cache, "script=ray_jobs.sweep", "config=configs/ablation_debug.yaml", *small,
         "ray.cpus_per_worker=2", "nodes=2", "cpus_per_node=3", "time=10", "signal_s=60",
