@@ -117,13 +117,6 @@ class Slurm:
 
         return wait_until(reached, f"job {job_id} to be {' or '.join(states)}", timeout)
 
-    def take_away(self, node: str) -> None:
-        """What runs on this node is lost, as if it failed; then it is there again."""
-        change = ("scontrol", "update", f"nodename={node}")
-        self.run(*change, "state=down", "reason=test")
-        # Refused where the node's next answer has brought it back by itself (ReturnToService).
-        subprocess.run([*change, "state=resume"], env=self.environment, capture_output=True)
-
     def fail(self, node: str) -> None:
         """The machine of this node is gone without a word, and SLURM finds out."""
         daemon = psutil.Process(int((self.folder / f"slurmd-{node}.pid").read_text()))

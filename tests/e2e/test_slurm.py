@@ -88,6 +88,14 @@ class Jobs:
         folder = self.folder(name)
         wait_until(lambda: any(m["global_step"] >= step for m in folder.metrics), f"step {step}")
 
+    def lose_until_requeued(self, job: str, node: str) -> None:
+        """The machine of a node fails, and is there again when the job waits for it."""
+        self.slurm.fail(node)
+        try:
+            wait_until(lambda: self.slurm.restarts(job) == 1, "the requeue", 120)
+        finally:
+            self.slurm.repair(node)
+
     def raylet(self, job: str, node: str) -> psutil.Process:
         """The raylet of one node of a job's first start."""
         (folder,) = self.temp_root.glob(f"mlm{job}-{node}-*")
@@ -195,13 +203,11 @@ def test_a_job_that_is_stopped_before_it_begins_is_not_requeued_for_ever(trainin
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("node", NODES)
-def test_a_node_that_slurm_takes_away(training: Jobs, node: str) -> None:
-    """`scontrol update state=down`: a job that needs all of its nodes is requeued by SLURM."""
-    slurm = training.slurm
+def test_a_machine_fails_and_slurm_requeues(training: Jobs, node: str) -> None:
+    """A job that needs all of its nodes."""
     job = training.submit("down")
     training.reach("down", 12)
-    slurm.take_away(node)
-    wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
+    training.lose_until_requeued(job, node)
     training.finish(job, "down")
     folder = training.folder("down")
     assert complete_steps(folder.checkpoints)[-1] == 40
@@ -209,16 +215,11 @@ def test_a_node_that_slurm_takes_away(training: Jobs, node: str) -> None:
 
 
 @pytest.mark.chaos
-def test_the_first_machine_fails_and_the_other_node_requeues(training: Jobs) -> None:
+def test_the_first_machine_fails_and_the_other_requeues(training: Jobs) -> None:
     """A job that can do with one node is not ended by SLURM, but has lost what drives it."""
-    slurm = training.slurm
     job = training.submit("first", "ray.num_workers=[1,2]")
     training.reach("first", 12)
-    slurm.fail("n0")
-    try:
-        wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 120)
-    finally:
-        slurm.repair("n0")
+    training.lose_until_requeued(job, "n0")
     training.finish(job, "first")
     assert "has lost its first node, n0: requeued by n1" in training.output("first", job)
     folder = training.folder("first")
