@@ -33,6 +33,7 @@ from modular_lm.errors import (
 from modular_lm.files import Locked, lock
 from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.folder import SweepFolder
+from modular_lm.sweep.search import grown
 from modular_lm.sweep.trials import Plan, Trial, plan_sweep
 from modular_lm.tracking.mlflow_sweep import PARENT_TAG, MlflowSweep
 from modular_lm.tracking.run_folder import RunFolder
@@ -60,9 +61,9 @@ def main(config: SweepConfig, given: dict[str, Any]) -> int:
         log.warning(warning)
     sweep = Sweep(plan, config)
     with _only_one(sweep.folder):
-        sweep.folder.begin(plan, config)
+        sweep.grow()
         sweep.requests.clear_stop()
-        if sweep.due():
+        if sweep.is_unfinished():
             _run(sweep)
         return sweep.finish()
 
@@ -71,7 +72,8 @@ class Sweep:
     """A sweep at work: its plan, its folder, and what follows it."""
 
     def __init__(self, plan: Plan, config: SweepConfig) -> None:
-        self.plan, self.name = plan, config.name
+        self.plan = self._defined = plan
+        self._config, self.name = config, config.name
         self.folder = SweepFolder(plan.folder)
         # Its stop request lies where a run's would.
         self.requests = RunFolder(plan.folder)
@@ -85,6 +87,20 @@ class Sweep:
         )
         self._parent: str | None = None
 
+    def grow(self) -> bool:
+        """Have the folder hold the trials of the plan; of a search, with those that can be
+        suggested now. Returns whether the plan has become another one.
+        """
+        before = self.plan
+        if self.plan.settings.searcher == "optuna":
+            self.plan = grown(self._defined, self.folder, self._has_ended)
+        self.folder.begin(self.plan, self._config)
+        return self.plan.unsuggested < before.unsuggested
+
+    def is_unfinished(self) -> bool:
+        """Whether trials are due, or will be."""
+        return bool(self.due()) or self.plan.unsuggested > 0
+
     def due(self) -> list[Trial]:
         """The trials that are to run now or once more."""
         return [trial for trial in self.plan.trials if self._is_due(trial)]
@@ -97,6 +113,9 @@ class Sweep:
             return record["failures"] <= self.plan.settings.retries
         return record["status"] in ("pending", "running")
 
+    def _has_ended(self, trial: Trial) -> bool:
+        return self.folder.read(trial.name) is not None and not self._is_due(trial)
+
     def begin(self) -> None:
         """Make the sweep known to MLflow."""
         if self._mlflow is not None:
@@ -104,7 +123,15 @@ class Sweep:
             self._parent = self._mlflow.begin({f"sweep.{k}": v for k, v in settings.items()})
 
     def jobs(self) -> dict[str, Job]:
-        """What to hand to Tune for the trials that are due; those that cannot begin have failed."""
+        """What to hand to Tune for the trials that are due, of a search with those that follow
+        where none is; those that cannot begin have failed. Nothing when the sweep is at its end.
+        """
+        while not (found := self._jobs_due()):
+            if not (self.plan.unsuggested and self.grow()):
+                break
+        return found
+
+    def _jobs_due(self) -> dict[str, Job]:
         from ray_jobs._trial import Job
 
         found = {}
@@ -162,7 +189,7 @@ class Sweep:
         failed = [name for name, each in status.items() if each == "failed"]
         asked = self.requests.stop_requested()
         code = EXIT_FAILED if failed else EXIT_DONE
-        if asked and self.due():
+        if asked and self.is_unfinished():
             code = EXIT_STOPPED
         summary = self._report()
         if self._mlflow is not None:
@@ -197,7 +224,9 @@ def _run(sweep: Sweep) -> None:
     from ray_jobs._session import SPARE_CPUS, ray_session
 
     settings = sweep.plan.settings
-    configs = [trial.arm.config for trial in sweep.due() if trial.arm.config]
+    # Those that a search will suggest are as large as those of its first round.
+    trials = sweep.plan.trials if sweep.plan.unsuggested else sweep.due()
+    configs = [trial.arm.config for trial in trials if trial.arm.config]
     largest = max((c.ray for c in configs), key=cpus_of)
     cpus = cpus_of(largest)
     # Of a Ray that is started here: as many as this machine has cores for.

@@ -11,7 +11,7 @@ import pytest
 from tests.support import REPO
 
 ABOVE = ("train", "eval", "generate", "tracking", "parallel", "optim", "cli")
-HEAVY = ("ray", "mlflow", "xformers", "lm_eval", "huggingface_hub")
+HEAVY = ("ray", "mlflow", "xformers", "lm_eval", "huggingface_hub", "optuna")
 
 
 Imports = dict[str, dict[str, list[str]]]

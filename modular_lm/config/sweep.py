@@ -19,7 +19,7 @@ from modular_lm.errors import ConfigError
 Budget = Literal["tokens", "flops", "steps"]
 StopRule = Literal["none", "asha", "median"]
 TimeAxis = Literal["tokens", "flops"]
-Searcher = Literal["grid", "random"]
+Searcher = Literal["grid", "random", "optuna"]
 
 DISTRIBUTIONS = ("uniform", "loguniform", "choice")
 # What the sweep itself decides for each trial.
@@ -87,9 +87,15 @@ class SweepSettings:
         False, "set each feed-forward's width so that all variants have the baseline's parameters"
     )
     searcher: Searcher = key(
-        "grid", "random: values may be drawn from ranges; grid: nothing is drawn"
+        "grid",
+        "grid: nothing is drawn; random: values may be drawn from ranges; optuna: they are "
+        "suggested by what the losses of earlier ones say (pip install 'modular-lm[optuna]')",
     )
-    num_samples: int = key(8, "draws of the values that are drawn", ge=1)
+    num_samples: int = key(
+        8,
+        "draws of the values that are drawn; with optuna for each arm and point of the grid",
+        ge=1,
+    )
     search_seed: int = key(0, "seed of the draws", ge=0)
     scheduler: StopRule = key(
         "none", "stop bad trials early; none for results that are to be published"
@@ -134,6 +140,8 @@ def swept_keys(sweep: SweepSettings) -> dict[str, SweptConfig]:
             if other not in leaf_keys(TrainConfig):
                 check_value(other, None, f"{path}.when.")
         found[name] = swept
+    if sweep.searcher == "optuna":
+        _check_search(sweep, found)
     return found
 
 
@@ -190,6 +198,12 @@ def sweep_warnings(sweep: SweepSettings) -> list[str]:
             "statistics, and modes that learn to read late look worse than they are; use none for "
             "results that are to be published"
         )
+    if sweep.searcher == "optuna":
+        found.append(
+            "sweep.searcher=optuna: the best of many suggestions looks better than it is, and the "
+            "report's p-values do not allow for the search; confirm it in a sweep of its own, with "
+            "other seeds"
+        )
     return found
 
 
@@ -219,8 +233,35 @@ def _check_kind(path: str, swept: SweptConfig, searcher: str) -> None:
     if searcher == "grid" and swept.kind != "grid":
         raise ConfigError(
             f"{path}.{swept.kind}: is drawn, and sweep.searcher=grid draws nothing; use grid, or "
-            "sweep.searcher=random"
+            "sweep.searcher=random or optuna"
         )
+
+
+def _check_search(sweep: SweepSettings, swept: dict[str, SweptConfig]) -> None:
+    """Conditions on what `searcher: optuna` suggests values of. Raises ConfigError."""
+    suggested = {name for name, each in swept.items() if each.kind != "grid"}
+    if not suggested:
+        raise ConfigError(
+            "sweep.searcher=optuna: nothing is drawn; use "
+            f"{', '.join(DISTRIBUTIONS)} in sweep.params, or sweep.searcher=grid"
+        )
+    if sweep.num_samples < 2:
+        raise ConfigError(
+            f"sweep.num_samples={sweep.num_samples}: expected at least 2 with "
+            "sweep.searcher=optuna, for the first are drawn at random"
+        )
+    for name, each in swept.items():
+        above = next((key for key in each.when if key in suggested), None)
+        if each.kind == "grid" and above is not None:
+            raise ConfigError(
+                f"sweep.params.{name}.when: {above} is suggested, and each point of the grid has "
+                "suggestions of its own; use choice instead of grid"
+            )
+        if name in suggested and name.startswith("ray."):
+            raise ConfigError(
+                f"sweep.params.{name}.{each.kind}: says where a trial runs, not what it learns; "
+                "there is nothing to search"
+            )
 
 
 def _flat(values: dict[str, Any], is_leaf: Any, prefix: str = "") -> dict[str, Any]:

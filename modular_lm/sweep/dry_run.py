@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from modular_lm.config.sweep import sweep_warnings
+from modular_lm.sweep.search import ROUND
+from modular_lm.sweep.space import drawn_at_random
 from modular_lm.sweep.tables import number
 from modular_lm.sweep.trials import Arm, Plan
 
@@ -23,6 +25,12 @@ def describe(plan: Plan) -> str:
         "trials": f"{len(runs) * len(seeds):,}",
         "FLOPs in all": f"{flops * len(seeds):.4g}",
     }
+    if plan.unsuggested:
+        first, after = drawn_at_random(settings), plan.unsuggested * len(seeds)
+        rows["search"] = (
+            f"these are the first {first} of {settings.num_samples} suggestions of each study; up "
+            f"to {after:,} trials follow from their losses, {ROUND} suggestions at a time"
+        )
     lines += [f"{name:<18} {value}" for name, value in rows.items()]
     lines += [f"warning: {text}" for text in sweep_warnings(settings)]
     return "\n".join(lines)

@@ -15,6 +15,7 @@
     tokens_per_step, flops_per_token, parameters, ffn_dim, cache_bytes_per_token
                               its cost (`budget.Cost`), null where it cannot run
     given                     the configuration, as a training job is given it
+    suggestions               [{study, number, values}] of a search: those that it is the trial of
     status                    pending | running | done | stopped | failed
     why                       of stopped and failed, and of one that was interrupted: the reason
     attempts                  how often it was started, failures: how often it failed
@@ -169,6 +170,7 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
         "baseline": arm.name == plan.baseline,
         **cost,
         "given": trial.given,
+        "suggestions": [dataclasses.asdict(each) for each in arm.suggestions],
         "status": "failed" if arm.why else "pending",
         "why": arm.why,
         "attempts": 0,

@@ -2,7 +2,8 @@
 
 Only trials that are done count. `report.json`:
 
-    format, name, created_at, budget, amount, seeds, baseline, scheduler, iso_parameters, confidence
+    format, name, created_at, budget, amount, seeds, baseline, searcher, scheduler, iso_parameters,
+    confidence
     flops_spread     how much the most expensive trial spent above the cheapest one, as a share
     arms             in the definition's order, each with
         name, values, baseline, trials, done, steps, tokens, flops, model
@@ -75,6 +76,7 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
         "amount": results[0].record["amount"] if results else settings["amount"],
         "seeds": settings["seeds"],
         "baseline": baseline,
+        "searcher": settings["searcher"],
         "scheduler": settings["scheduler"],
         "iso_parameters": settings["iso_parameters"],
         "confidence": CONFIDENCE,

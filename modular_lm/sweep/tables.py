@@ -126,6 +126,11 @@ def how_to_read(summary: Mapping[str, Any]) -> list[str]:
         "full length, per token of it.",
         "Tokens/s and memory are measured, and hold for the machine and for what else ran on it.",
     ]
+    if summary["searcher"] == "optuna":
+        lines.append(
+            "Variants were suggested by what the losses of others said: the best of them looks "
+            "better than it is, and p-values do not allow for that. Other seeds would show."
+        )
     if summary["scheduler"] != "none":
         lines.append(
             f"Trials were stopped early by {summary['scheduler']}: variants of which trials were "

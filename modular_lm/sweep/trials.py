@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from modular_lm.sweep.budget import (
     steps_within,
     unit_per_step,
 )
-from modular_lm.sweep.space import Variant, variants_of
+from modular_lm.sweep.space import Suggestion, Variant, studies_of, variants_of
+from modular_lm.sweep.tpe import check_installed
 from modular_lm.tokenizer import build_tokenizer
 
 _BASELINE = "dense"
@@ -53,6 +54,7 @@ class Arm:
     keys: all that distinguishes its runs from the base's, `values` and what iso_parameters adds
     config: resolved, with the base's seed and steps; None where it cannot run: `why` says so
     steps: None without config
+    suggestions: of a search, those that it is the trial of
     """
 
     name: str
@@ -61,6 +63,7 @@ class Arm:
     config: TrainConfig | None
     steps: int | None = None
     why: str | None = None
+    suggestions: tuple[Suggestion, ...] = ()
 
     @property
     def cost(self) -> Cost | None:
@@ -81,7 +84,8 @@ class Trial:
 class Plan:
     """A sweep before it starts. amount: what each trial may spend, in units of the budget.
 
-    base: the values that the trials share, nested; arms are in the definition's order.
+    base: the values that the trials share, nested; arms are in the definition's order
+    unsuggested: of a search, how many suggestions wait for results of others
     """
 
     settings: SweepSettings
@@ -90,6 +94,7 @@ class Plan:
     baseline: str
     amount: float
     arms: list[Arm]
+    unsuggested: int = 0
 
     @property
     def trials(self) -> list[Trial]:
@@ -119,10 +124,13 @@ class Plan:
 def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
     """Expand and check a sweep; writes nothing. Raises ConfigError.
 
-    given: as `load_config` returns it.
+    given: as `load_config` returns it. Of a search, the plan holds what depends on no results
+    (`search.grown` adds the rest).
     """
     settings = config.sweep
     check_sweep(settings)
+    if settings.searcher == "optuna":
+        check_installed()
     base = base_values(config, given)
     if from_dict(TrainConfig, base).eval.validation.max_docs == 0:
         raise ConfigError(
@@ -146,7 +154,50 @@ def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
         }
         check_spread(spent, settings.budget)
     folder = Path(dump_dir_of(config)).expanduser().absolute()
-    return Plan(settings, folder, base, baseline, amount, arms)
+    made = [suggestion for each in variants for suggestion in each.suggestions]
+    left = suggestions_in_all(settings, base) - len(made)
+    return Plan(settings, folder, base, baseline, amount, arms, left)
+
+
+def suggestions_in_all(settings: SweepSettings, base: Mapping[str, Any]) -> int:
+    """How many suggestions a search makes; 0 without a search."""
+    if settings.searcher != "optuna":
+        return 0
+    searched = [study for study in studies_of(settings, base) if study.is_searched]
+    return len(searched) * settings.num_samples
+
+
+def with_variants(plan: Plan, variants: Sequence[Variant], known: Collection[str]) -> Plan:
+    """The plan of a search with these variants in place of its own.
+
+    known: names of arms that have trials: of variants that train the same, one of them stays. Here
+    also a variant fails alone that whole steps bring too far from the baseline.
+    """
+    first = next(arm for arm in plan.arms if arm.name == plan.baseline)
+    made = [_arm(plan.base, each) for each in variants]
+    arms = _distinct(made, plan.settings, plan.baseline, known)
+    if plan.settings.iso_parameters:
+        arms = [_matched(plan.base, arm, first) for arm in arms]
+    arms = [_fair(_with_steps(arm, plan.settings, plan.amount), first, plan) for arm in arms]
+    suggested = sum(len(each.suggestions) for each in variants)
+    left = suggestions_in_all(plan.settings, plan.base) - suggested
+    return replace(plan, arms=arms, unsuggested=left)
+
+
+def _fair(arm: Arm, baseline: Arm, plan: Plan) -> Arm:
+    budget = plan.settings.budget
+    if budget == "steps":
+        return arm
+    spent = {
+        each.name: each.steps * unit_per_step(budget, each.cost)
+        for each in (baseline, arm)
+        if each.steps and each.cost
+    }
+    try:
+        check_spread(spent, budget)
+    except ConfigError as error:
+        return replace(arm, config=None, steps=None, why=str(error))
+    return arm
 
 
 def base_values(config: SweepConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,13 +228,14 @@ def _baseline(settings: SweepSettings, variants: list[Variant]) -> str:
 
 
 def _arm(base: Mapping[str, Any], each: Variant) -> Arm:
+    made = Arm(each.name, each.values, each.values, None, suggestions=each.suggestions)
     try:
         config = _config(base, each.values)
         resolved = resolve(config, _n_words(config))
         cost_of(resolved)  # asks for the mesh, too
     except ConfigError as error:
-        return Arm(each.name, each.values, each.values, None, why=str(error))
-    return Arm(each.name, each.values, each.values, resolved)
+        return replace(made, why=str(error))
+    return replace(made, config=resolved)
 
 
 def _matched(base: Mapping[str, Any], arm: Arm, baseline: Arm) -> Arm:
@@ -209,22 +261,26 @@ def _default_amount(settings: SweepSettings, base: Mapping[str, Any], cost: Cost
     return from_dict(TrainConfig, dict(base)).steps * unit_per_step(settings.budget, cost)
 
 
-def _distinct(arms: list[Arm], settings: SweepSettings, baseline: str) -> list[Arm]:
+def _distinct(
+    arms: list[Arm], settings: SweepSettings, baseline: str, known: Collection[str] = ()
+) -> list[Arm]:
     """Without those that train the same by another name, e.g. module_agg mean and avg.
 
     Raises ConfigError where it is the names that were asked for.
     """
     first: dict[str, Arm] = {}
-    # Of two that are the same the baseline stays.
-    for arm in sorted(arms, key=lambda arm: arm.name != baseline):
+    # Of two that are the same the baseline stays, else one that has trials.
+    for arm in sorted(arms, key=lambda arm: (arm.name != baseline, arm.name not in known)):
         same = to_yaml(to_dict(arm.config)) if arm.config else arm.name
         if same in first and not settings.params:
             raise ConfigError(
                 f"sweep.arms.{arm.name}: trains the same as sweep.arms.{first[same].name}"
             )
-        first.setdefault(same, arm)
-    kept = {arm.name for arm in first.values()}
-    return [arm for arm in arms if arm.name in kept]
+        kept = first.setdefault(same, arm)
+        if kept is not arm:
+            first[same] = replace(kept, suggestions=(*kept.suggestions, *arm.suggestions))
+    kept = {arm.name: arm for arm in first.values()}
+    return [kept[arm.name] for arm in arms if arm.name in kept]
 
 
 def _config(base: Mapping[str, Any], keys: Mapping[str, Any]) -> TrainConfig:

@@ -35,6 +35,13 @@ SMALL = [
     "logging.freq=1",
 ]
 IMPOSSIBLE = "sweep.arms.odd={model.module_seq_len: 32, model.module_n_summary: 3}"
+SEARCH = [
+    "steps=20",
+    "sweep.searcher=optuna",
+    "sweep.num_samples=4",
+    "sweep.params={optim.lr: {loguniform: [1.0e-4, 1.0e-1], when: {model.module_agg: [stack]}}}",
+    "sweep.max_concurrent=2",
+]
 SEED = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 
 
@@ -128,6 +135,37 @@ def test_a_killed_driver_the_same_command_finishes(
     assert_same_results(folder, whole)
 
 
+@pytest.mark.chaos
+def test_a_search_with_optuna_goes_on_from_a_kill_as_if_nothing_had_been(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    print(f"CHAOS_SEED={SEED}")
+    whole, killed = SweepFolder(tmp_path / "whole"), SweepFolder(tmp_path / "killed")
+    jobs.run("ray_jobs.sweep", *SMALL, *SEARCH, f"dump_dir={whole.path}")
+    assert len(whole.trials()) == 2 + 4  # the stack alone is searched
+    arguments = [*SMALL, *SEARCH, f"dump_dir={killed.path}"]
+    job = jobs.start("ray_jobs.sweep", *arguments)
+    # The first round has four trials of 20 steps, the second two.
+    reach(killed, random.Random(SEED).randint(50, 110), job)
+    ended = {
+        name: killed.run(name).events_file.read_bytes()
+        for name, status in standing(killed).items()
+        if status == "done"
+    }
+    assert job.poll() is None
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    jobs.run("ray_jobs.sweep", *arguments)
+    assert set(standing(killed).values()) == {"done"}
+    for name, events in ended.items():
+        assert killed.run(name).events_file.read_bytes() == events
+    assert [t["suggestions"] for t in killed.trials()] == [t["suggestions"] for t in whole.trials()]
+    assert_same_results(killed, whole)
+    # Nothing is left to suggest.
+    jobs.run("ray_jobs.sweep", *arguments)
+    assert len(killed.trials()) == 6
+
+
 def test_a_stop_saves_and_the_same_command_continues(
     whole: SweepFolder, jobs: Jobs, tmp_path: Path
 ) -> None:
@@ -196,6 +234,8 @@ def assert_same_results(folder: SweepFolder, whole: SweepFolder) -> None:
         lines = sweep.run(name).eval_metrics
         return [(line["global_step"], line["validation/builtin/nll"]) for line in lines]
 
-    for name in ("dense__seed-0", "drop__seed-0", "stack__seed-0"):
+    names = [name for name, status in standing(whole).items() if status == "done"]
+    assert len(names) >= 3
+    for name in names:
         assert losses(folder.run(name)) == losses(whole.run(name))
         assert validation(folder, name) == validation(whole, name)
