@@ -15,11 +15,12 @@ import pytest
 
 from cluster import folders
 from cluster.jobs import active_job, record_job, sbatch_environment, submit, try_script
+from cluster.launch import Launch, prepare
 from cluster.options import LaunchConfig
 from cluster.plan import JobPlan
 from cluster.script import batch_script, plan_file
 from cluster.sites import NodeSetup
-from cluster.slurm import Launch, _again, launch_job, launch_jobs, prepare, submit_launch
+from cluster.slurm import _again, launch_job, launch_jobs, submit_launch
 from cluster.summary import summary
 from modular_lm.errors import ConfigError, RunFailedError
 from modular_lm.files import lock
