@@ -69,7 +69,7 @@ def prepare(
     launch = Launch(options, setup, jobs, todo, active)
     if not todo:
         return launch
-    array_dir = _array_dir(options, todo[0]) if is_array else None
+    array_dir = _array_dir(options, jobs[0]) if is_array else None
     script = batch_script(
         options,
         [job.dump_dir for job in todo],
@@ -164,5 +164,8 @@ def _active(options: LaunchConfig, jobs: Sequence[Job], is_array: bool) -> dict[
 
 def _array_dir(options: LaunchConfig, first: Job) -> Path:
     if options.array_dir:
-        return Path(options.array_dir).expanduser().resolve()
-    return first.dump_dir.parent / f"array_{first.dump_dir.name}"
+        folder = Path(options.array_dir).expanduser().resolve()
+    else:
+        folder = first.dump_dir.parent / f"array_{first.dump_dir.name}"
+    check_path(folder, "array_dir")
+    return folder

@@ -77,8 +77,8 @@ def _plan_beside(script: Path) -> dict[str, Any]:
     """The plan of a batch script of our launcher: its job and the arguments; empty for others."""
     try:
         plan = json.loads((script.parent / "ray" / "slurm" / "plan.json").read_text())
-        return {"script": plan["script"], "arguments": list(plan["arguments"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {"script": plan["script"], "arguments": plan.get("arguments", [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
