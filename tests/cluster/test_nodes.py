@@ -121,8 +121,9 @@ def test_ray_that_takes_its_time_to_end_is_started_until_the_deadline(
     (tmp_path / "again").mkdir()
     answers["n1"] = ["lost"] * 500
     monkeypatch.setattr(_nodes, "_PAUSE_S", 0.1)
-    states = [node.state for node in started_with(tmp_path / "again", answers, seconds=2)]
-    assert states == ["lost", "up", "up"]
+    first, *others = started_with(tmp_path / "again", answers, seconds=2)
+    assert first.state in ("lost", "starting")
+    assert [node.state for node in others] == ["up", "up"]
 
 
 def started_with(folder: Path, answers: dict[str, list[str]], seconds: float = 30) -> list[Node]:
@@ -212,10 +213,10 @@ def answer(port: int, name: str, script: list[str]) -> None:
     connection = _control.connect("127.0.0.1", port, b"key")
     hello = {"kind": "hello", "node": name, "address": "10.0.0.9", "host": name, "word": "w"}
     _control.send(connection, hello)
-    for kind in script:
-        assert _control.receive(connection)["kind"] == "start"
-        _control.send(connection, {"kind": kind, "why": "its raylet ended"})
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # until the wire is closed
+        for kind in script:
+            assert _control.receive(connection)["kind"] == "start"
+            _control.send(connection, {"kind": kind, "why": "its raylet ended"})
         _control.receive(connection)
 
 
