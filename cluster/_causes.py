@@ -50,7 +50,7 @@ def cause_of_signal(
     """
     name = signal.Signals(number).name
     is_known = status.state != "UNKNOWN"
-    ending = status.state != "RUNNING" if is_known else number == signal.SIGTERM
+    ending = status.is_ending if is_known else number == signal.SIGTERM
     left = kill_wait_s if ending else status.ends_in
     if left is None:
         left = _WITHOUT_END_S

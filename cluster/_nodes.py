@@ -28,7 +28,12 @@ from modular_lm.errors import RunFailedError
 log = logging.getLogger(__name__)
 
 _REPLY_S = 60.0
-_TRIES = 3
+# A Ray that ends at once will do so again; one that took its time, on a busy machine, may not.
+_QUICK_TRIES, _QUICK_S = 3, 15.0
+_PAUSE_S = 2.0
+_SHOWN_NAMES = 4
+# What srun says of every step where CPUs are only counted.
+_NO_NEWS = "support for cpu binding"
 # For what a node does after its Ray has ended: logs, its folder.
 _TIDYING_S = 5.0
 
@@ -37,7 +42,8 @@ _TIDYING_S = 5.0
 class Node:
     """state: absent, here, claiming (ports), claimed, starting, up, lost or stopped.
 
-    taken: ports of its block that others have; why: of a lost one; is_there: it can be reached.
+    taken: ports of its block that others have; why: of a lost one; is_there: it can be reached;
+    quick_ends: how often its Ray has ended soon after its start, at the time `asked`.
     """
 
     name: str
@@ -49,6 +55,8 @@ class Node:
     block: PortBlock | None = None
     taken: int = 0
     why: str = ""
+    asked: float = 0.0
+    quick_ends: int = 0
 
 
 class NodeGroup:
@@ -131,6 +139,7 @@ class NodeGroup:
         Raises RunFailedError, naming the nodes that did not come and why, or ConfigError.
         """
         deadline = time.monotonic() + self._plan.start_timeout_s
+        log.info("waiting for %s", _names(list(self.nodes.values())))
         self._wait(lambda: self._none("absent"), deadline, pump)
         self._check_enough("here")
         for node in self._in("here"):
@@ -153,14 +162,21 @@ class NodeGroup:
         """Raise RunFailedError unless enough nodes, and the first one, have this state."""
         there = self._in(state)
         others = [node for node in self.nodes.values() if node not in there]
-        for node in others:
+        # Those that were to join the first one, which did not come.
+        waited = self._in("claimed") if state == "up" and self.head in others else []
+        failed = [node for node in others if node not in waited]
+        for node in failed:
             if node.state != "lost":
-                node.state, node.why = "lost", self._last_words(node.name)
-        missing = "; ".join(f"{node.name}: {node.why}" for node in others)
+                late = f"its Ray was not up {time.monotonic() - node.asked:.0f} s after its start"
+                node.why = late if node.state == "starting" else self._last_words(node.name)
+                node.state = "lost"
+        missing = "; ".join(f"{node.name}: {node.why}" for node in failed)
         if self.head not in there or len(there) < self._plan.enough_nodes:
+            waited_for = f"; {_names(waited)} waited for {self.head.name}" if waited else ""
             raise RunFailedError(
-                f"{len(others)} of {len(self.nodes)} nodes did not come, after "
-                f"{time.monotonic() - self._began:.0f} s: {missing} (log: {self._output})"
+                f"{len(failed)} of {len(self.nodes)} nodes did not come, after "
+                f"{time.monotonic() - self._began:.0f} s: {missing}{waited_for} "
+                f"(log: {self._output})"
             )
         if others:
             log.warning("starting without %d nodes: %s", len(others), missing)
@@ -197,18 +213,24 @@ class NodeGroup:
         deadline: float,
         pump: Callable[[float], None],
     ) -> None:
-        """Start Ray on these nodes; where it ends at once, as on a busy machine, again."""
-        for left in reversed(range(_TRIES)):
+        """Start Ray on these nodes; where it ends, again, for as long as there is hope."""
+        while nodes:
+            log.info("starting Ray on %s", _names(nodes))
             for node in nodes:
-                node.state = "starting"
+                node.state, node.asked = "starting", time.monotonic()
                 self._send(node, "start", head=head, dashboard=self.dashboard)
             self._wait(lambda: self._none("starting"), deadline, pump)
-            nodes = [node for node in nodes if node.state == "lost" and node.is_there]
-            if not nodes or time.monotonic() > deadline:
-                return
-            for node in nodes:
-                again = "; trying again" if left else ""
+            ended = [node for node in nodes if node.state == "lost" and node.is_there]
+            pause_ends = time.monotonic() + _PAUSE_S
+            nodes = [node for node in ended if node.quick_ends < _QUICK_TRIES]
+            if pause_ends >= deadline:
+                nodes = []
+            for node in ended:
+                again = "; trying again" if node in nodes else ""
                 log.warning("Ray did not start on %s: %s%s", node.name, node.why, again)
+            if nodes:
+                self._wait(lambda: False, pause_ends, pump)
+                nodes = [node for node in nodes if node.is_there]
 
     def _none(self, state: str) -> bool:
         """Whether no node is in this state any more."""
@@ -232,6 +254,8 @@ class NodeGroup:
             node.state = "stopped"
         elif kind in ("lost", "gone") and node.state not in ("stopped", "lost"):
             was_up = node.state == "up"
+            if node.state == "starting" and time.monotonic() - node.asked < _QUICK_S:
+                node.quick_ends += 1
             node.state = "lost"
             node.why = message.get("why") or f"no connection; last: {self._last_words(name)}"
             return node if was_up else None
@@ -258,7 +282,10 @@ class NodeGroup:
     def _last_words(self, name: str) -> str:
         """What a node's task printed last, else what srun did."""
         prefix = re.compile(rf"^\s*{list(self.nodes).index(name)}: (.*\w.*)$", re.M)
-        said = prefix.findall(self._said()) or re.findall(r"^srun: (.*)$", self._said(), re.M)
+        said = prefix.findall(self._said())
+        if not said:
+            of_srun = re.findall(r"^srun: (.*)$", self._said(), re.M)
+            said = [line for line in of_srun if _NO_NEWS not in line]
         return said[-1].strip()[-300:] if said else "it said nothing"
 
     def _said(self) -> str:
@@ -300,3 +327,10 @@ class NodeGroup:
     def _send(self, node: Node, kind: str, **fields: object) -> None:
         assert self._wire is not None
         self._wire.send(node.name, {"kind": kind, **fields})
+
+
+def _names(nodes: list[Node]) -> str:
+    """The names of some nodes, of many the first ones."""
+    shown = ", ".join(node.name for node in nodes[:_SHOWN_NAMES])
+    more = len(nodes) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -60,7 +60,7 @@ def _nodes_without_first(allocation: Allocation, deadline: float) -> list[str]:
                 nodes = hostnames(status.node_list)
                 if allocation.nodes[0] not in nodes:
                     return nodes
-                if status.state != "RUNNING":
+                if status.is_ending:
                     return []
         if time.monotonic() >= deadline:
             return []

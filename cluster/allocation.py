@@ -158,6 +158,11 @@ class _Job:
             self._nodes.launch(self._plan_file, self._environment, tell)
             self._nodes.bring_up(self._pump)
         except Stopped:
+            assert self._cause is not None
+            if not self._cause.requeue:  # else what becomes of the job is said when that is known
+                log.info(
+                    "%s: stopped before Ray was up; the same command continues", self._allocation
+                )
             return EXIT_STOPPED
         log.info(
             "Ray is up on %d nodes after %.0f s, head %s",

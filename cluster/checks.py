@@ -41,7 +41,8 @@ class Job:
     """A checked job.
 
     given: its config as given, with absolute paths; workers: the fewest and the most training
-    workers, None for jobs without; complete: there is nothing left to do.
+    workers, None for jobs without; complete: there is nothing left to do; is_named: its name or
+    folder is of its own, not a default.
     """
 
     script: str
@@ -51,6 +52,7 @@ class Job:
     workers: tuple[int, int] | None = None
     cpus_per_worker: int = 1
     complete: bool = False
+    is_named: bool = True
 
 
 def check_job(options: LaunchConfig, args: Sequence[str], *, afresh: bool = False) -> Job:
@@ -95,6 +97,9 @@ def fit(options: LaunchConfig, job: Job) -> LaunchConfig:
         )
     if most < all_gpus:
         log.warning("ray.num_workers=%d: %d of %d GPUs stay idle", most, all_gpus - most, all_gpus)
+    elif not gpus and most < options.nodes:
+        idle = options.nodes - most
+        log.warning("ray.num_workers=%d: %d of %d nodes train nothing", most, idle, options.nodes)
     per_node = math.ceil(most / options.nodes) * job.cpus_per_worker
     cpus = options.cpus_per_node or per_node + SPARE_CPUS
     needed = most * job.cpus_per_worker + 1
@@ -161,6 +166,7 @@ def _check_training(options: LaunchConfig, given: dict[str, Any], afresh: bool) 
         workers=workers,
         cpus_per_worker=resolved.ray.cpus_per_worker,
         complete=complete,
+        is_named=_is_named(given),
     )
 
 
@@ -187,7 +193,11 @@ def _check_sweep(options: LaunchConfig, config: SweepConfig, given: dict[str, An
     shared = _with_absolute_paths(plan.base)
     folder = _folder(dump_dir_of(config))
     own = {"name": config.name, "dump_dir": str(folder), "sweep": settings}
-    return Job(options.script, {**shared, **own}, folder, config.name)
+    return Job(options.script, {**shared, **own}, folder, config.name, is_named=_is_named(given))
+
+
+def _is_named(given: dict[str, Any]) -> bool:
+    return bool(given.get("name") or given.get("dump_dir"))
 
 
 def _with_absolute_paths(values: dict[str, Any], prefix: str = ".") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cluster.options import LaunchConfig
 from cluster.plan import JobPlan
 from cluster.script import plan_file
 from modular_lm.config import to_yaml
-from modular_lm.errors import ConfigError
+from modular_lm.errors import ConfigError, reason
 from modular_lm.files import Locked, lock, write_text_atomic
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
@@ -52,12 +52,17 @@ def check_folder(dump_dir: Path, options: LaunchConfig) -> None:
         )
 
 
+def found_in(dump_dir: Path) -> str:
+    """What an earlier run has left, in words."""
+    steps = complete_steps(RunFolder(dump_dir).checkpoints)
+    return f"{len(steps)} checkpoints, the latest of step {steps[-1]}" if steps else "no checkpoint"
+
+
 def confirm_override(dump_dir: Path, options: LaunchConfig) -> None:
     """Ask before what an earlier run has left is deleted. Raises ConfigError without a yes."""
     if not is_ours(dump_dir) or options.yes:
         return
-    steps = complete_steps(RunFolder(dump_dir).checkpoints)
-    what = f"{len(steps)} checkpoints, the latest of step {steps[-1]}" if steps else "no checkpoint"
+    what = found_in(dump_dir)
     if not sys.stdin.isatty():
         raise ConfigError(
             f"override=true: would delete the run in {dump_dir} ({what}); add yes=true if it may"
@@ -98,8 +103,15 @@ def remove_run(dump_dir: Path) -> None:
 
 
 def write_job(job: Job, plan: JobPlan) -> None:
-    """Write what the job needs into its folder: plan, code, config."""
+    """Write what the job needs into its folder: plan, code, config.
+
+    Raises ConfigError where there can be no such folder.
+    """
     folder = RunFolder(job.dump_dir)
+    try:
+        job.dump_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"dump_dir={job.dump_dir}: cannot be made: {reason(error)}") from error
     # First, for it shows that the folder is ours: what fails below can be done again.
     plan.write(plan_file(job.dump_dir))
     folder.create()

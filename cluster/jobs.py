@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,12 @@ _ALIVE = (
     *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESIZING", "STAGE_OUT"),
     "RESV_DEL_HOLD",
 )
+# Those of them in which there is no batch step to signal, and in which it has ended.
+_QUEUED = (
+    *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"),
+    "RESV_DEL_HOLD",
+)
+_OVER = ("COMPLETING", "STAGE_OUT")
 # Variables that stand for options of sbatch; they would win over the lines of a script.
 _VARIABLES = {
     "SBATCH_ACCOUNT": "account",
@@ -88,6 +94,15 @@ def active_job(dump_dir: Path) -> ActiveJob | None:
         raise RunFailedError(f"cannot tell whether job {job_id} still runs: {said}")
     state = next((s for s in done.stdout.split() if s in _ALIVE), None)
     return None if state is None else ActiveJob(job_id, state)
+
+
+def ending(job_ids: Sequence[str], state: str) -> str:
+    """The command that ends jobs in this state, with a checkpoint of those that run; "" for those
+    that end anyway."""
+    ids = " ".join(job_ids)
+    if state in _OVER:
+        return ""
+    return f"scancel {ids}" if state in _QUEUED else f"scancel --batch --signal=TERM {ids}"
 
 
 def has_sbatch() -> bool:

@@ -58,7 +58,7 @@ def main(plan_file: str, attempt: str, host: str, port: str) -> int:
         connection = _control.connect(host, int(port), secret)
     except (OSError, EOFError, AuthenticationError) as error:
         raise RunFailedError(f"{name}: no way to {host}:{port}: {reason(error)}") from error
-    folder = _own_folder(plan.temp_root, attempt, name)
+    folder = _own_folder(_expanded(plan.temp_root, name), attempt, name)
     try:
         is_told = _Node(plan, name, attempt, folder, connection, signals).serve(word)
     finally:
@@ -203,6 +203,16 @@ def _read_shared(shared: SharedFiles, name: str) -> tuple[bytes, str]:
                     "dump_dir must be on a file system that all nodes share"
                 ) from error
         time.sleep(0.2)
+
+
+def _expanded(temp_root: str, name: str) -> str:
+    """The path with the values that variables have on this node. Raises ConfigError."""
+    path = os.path.expandvars(temp_root)
+    if "$" in path or not path.startswith("/"):
+        raise ConfigError(
+            f"temp_root={temp_root} on {name}: is {path}, no absolute path; see the site's profile"
+        )
+    return path
 
 
 def _own_folder(temp_root: str, attempt: str, name: str) -> Path:

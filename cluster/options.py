@@ -21,6 +21,35 @@ SIGNAL_SLACK_S = 60
 # How sbatch writes a duration; days-hours or minutes are the leading numbers.
 _DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 
+# Options of sbatch that the launcher sets, long and short, and what to use in their place.
+_LAUNCHERS = (
+    ("nodes", "N", "use nodes="),
+    ("ntasks", "n", "use nodes="),
+    ("ntasks-per-node", "", "there is one task to a node"),
+    ("tasks-per-node", "", "there is one task to a node"),
+    ("cpus-per-task", "c", "use cpus_per_node="),
+    ("gpus", "G", "use gpus_per_node="),
+    ("gpus-per-node", "", "use gpus_per_node="),
+    ("gpus-per-task", "", "use gpus_per_node="),
+    ("array", "a", "use configs=[...]"),
+    ("job-name", "J", "use job_name="),
+    ("output", "o", "the log is in dump_dir/logs"),
+    ("open-mode", "", "the log is continued"),
+    ("signal", "", "use signal_s="),
+    ("requeue", "", "use requeue="),
+    ("no-requeue", "", "use requeue=false"),
+    ("no-kill", "k", "use ray.num_workers=[min,max]"),
+    ("mem", "", "use mem="),
+    ("time", "t", "use time="),
+    ("account", "A", "use account="),
+    ("qos", "q", "use qos="),
+    ("partition", "p", "use partition="),
+    ("constraint", "C", "use constraint="),
+    ("exclude", "x", "use exclude="),
+)
+# Those that it sets only where the user gives the key of the same name.
+IF_ASKED = ("mem", "time", "account", "qos", "partition", "constraint", "exclude")
+
 
 @dataclass
 class LaunchConfig:
@@ -90,15 +119,37 @@ def check_options(c: LaunchConfig) -> None:
     if c.launcher == "bash" and c.configs:
         raise ConfigError("configs: a job array needs launcher=sbatch")
     if c.time is not None:
-        seconds = duration_s(c.time)
-        if seconds <= c.signal_s + SIGNAL_SLACK_S:
-            raise ConfigError(
-                f"signal_s={c.signal_s}: time={c.time} leaves nothing to train in; SLURM may send "
-                f"the signal {SIGNAL_SLACK_S} s earlier"
-            )
+        _check_time(c.time, c.signal_s)
+    if c.mem is not None and c.mem.isdigit() and int(c.mem):
+        raise ConfigError(f"mem={c.mem}: is {c.mem} MB for SLURM; give the unit, e.g. {c.mem}G")
+    check_words(c)
+    check_sbatch_options(c.sbatch_options)
+
+
+def _check_time(time: str, signal_s: int) -> None:
+    seconds = duration_s(time)
+    if seconds == 0:
+        raise ConfigError(
+            f"time={time}: is no limit at all for SLURM; say how long the job may take, or leave "
+            "it out for SLURM's default"
+        )
+    if seconds <= signal_s + SIGNAL_SLACK_S:
+        raise ConfigError(
+            f"signal_s={signal_s}: time={time}, which is {_in_words(seconds)}, leaves nothing to "
+            f"train in; SLURM may send the signal {SIGNAL_SLACK_S} s earlier"
+        )
+
+
+def _in_words(seconds: int) -> str:
+    minutes, rest = divmod(seconds, 60)
+    parts = [f"{minutes} minute{'s' * (minutes != 1)}"] if minutes else []
+    return " and ".join([*parts, f"{rest} s"] if rest else parts)
+
+
+def check_words(c: LaunchConfig) -> None:
+    """Raise ConfigError for values that a line of the batch script cannot hold."""
     for name in ("mem", "account", "qos", "partition", "constraint", "exclude", "job_name"):
         check_word(name, getattr(c, name))
-    check_sbatch_options(c.sbatch_options)
 
 
 def check_word(key: str, value: str | None) -> None:
@@ -107,11 +158,34 @@ def check_word(key: str, value: str | None) -> None:
         raise ConfigError(f"{key}={value!r}: expected a word without blanks or quotes")
 
 
-def check_sbatch_options(options: Sequence[str]) -> None:
-    """Raise ConfigError for an option that is none, or would not stay on its line."""
+def check_sbatch_options(options: Sequence[str], *, of_site: bool = False) -> None:
+    """Raise ConfigError for an option that is none, would not stay on its line, or is set by the
+    launcher itself; of_site: it may be one that the launcher sets only where the user asks."""
     for option in options:
-        if not option.startswith("--") or "\n" in option:
+        own = _set_by_launcher(option, of_site)
+        if "\n" in option or not (own or option.startswith("--")):
             raise ConfigError(f"sbatch_options={option!r}: expected --name or --name=value")
+        if own:
+            raise ConfigError(f"sbatch_options={option!r}: is set by the launcher; {own}")
+
+
+def option_name(option: str) -> str:
+    """The long name in an option of sbatch, without what follows: "time" of --time=3."""
+    match = re.match(r"--([\w-]+)", option)
+    return match[1] if match else ""
+
+
+def _set_by_launcher(option: str, of_site: bool) -> str:
+    """What to do instead of giving the option; "" for one that is not the launcher's.
+
+    sbatch takes any beginning of a name that only one option has.
+    """
+    name, short = option_name(option), re.match(r"-(\w)", option)
+    for long, letter, key_name in _LAUNCHERS:
+        is_it = long.startswith(name) if name else short is not None and short[1] == letter
+        if is_it and not (of_site and long in IF_ASKED):
+            return key_name
+    return ""
 
 
 def duration_s(text: str, key: str = "time") -> int:

@@ -62,8 +62,9 @@ def candidates(number: int, size: int, per_host: int, span: tuple[int, int]) -> 
     places = (end - first) // (size * per_host)
     if places < 1:
         raise ConfigError(
-            f"cpus_per_node: {per_host} nodes of the job on a host need {size * per_host} ports "
-            f"there, of {first} to {end}; use fewer CPUs, or nodes on hosts of their own"
+            f"port_range=[{first}, {end}]: {per_host} nodes of the job on a host need "
+            f"{size * per_host} ports there; give more of them in the site's profile, or use fewer "
+            "CPUs, or nodes on hosts of their own"
         )
     for k in range(places):
         yield first + (number + k) % places * size * per_host

@@ -24,6 +24,13 @@ _TIMEOUT_S = 20.0
 # When a signal has come there is little time.
 _STATUS_TIMEOUT_S = 5.0
 _DEFAULT_KILL_WAIT_S = 30.0
+# States in which a start of a job is over, or has what is left of its processes ended. All others
+# go on: SLURM shows SIGNALING, for one, while any signal to a running job is under way.
+_ENDING = (
+    *("COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"),
+    *("BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "LAUNCH_FAILED", "STAGE_OUT"),
+    *("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ class JobStatus:
     restarts: int = 0
     node_list: str = ""
     is_batch: bool = False
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether SLURM ends this start of the job, or has done so."""
+        return self.state in _ENDING
 
 
 def job_status(allocation: Allocation, ends_in: float | None = None) -> JobStatus:

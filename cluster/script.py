@@ -7,16 +7,20 @@ of the batch step's shell, so that the signals which SLURM sends to that (`--sig
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.options import LaunchConfig
 from cluster.sites import NodeSetup
-from modular_lm.errors import ConfigError
+from modular_lm.errors import EXIT_BAD_INPUT, ConfigError
+
+log = logging.getLogger(__name__)
 
 # $NAME and ${NAME}, which the node replaces.
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
@@ -61,6 +65,26 @@ def on_nodes(c: LaunchConfig) -> LaunchConfig:
             lambda word: shlex.quote(os.path.expanduser(word[0])), os.path.expandvars(container)
         )
     return dataclasses.replace(c, venv=venv, conda=conda, container=container)
+
+
+def check_container(c: LaunchConfig, setup: NodeSetup) -> None:
+    """Warn where the container's command is not found here, and no module can bring it: the nodes
+    may have more than this machine. Raises ConfigError for one that is not well quoted."""
+    if c.container is None:
+        return
+    first = _first_word(c.container)
+    if not (setup.modules or c.module_load or "$" in first or shutil.which(first)):
+        log.warning("container=%s: there is no command %s here", c.container, first)
+
+
+def _first_word(container: str) -> str:
+    try:
+        words = shlex.split(container)
+    except ValueError as error:
+        raise ConfigError(f"container={container}: {error}") from None
+    if not words:
+        raise ConfigError("container=: expected the beginning of a command")
+    return words[0]
 
 
 def plan_file(dump_dir: Path) -> Path:
@@ -173,17 +197,32 @@ def _for_sbatch(text: str) -> str:
 
 def _set_up(c: LaunchConfig, setup: NodeSetup) -> list[str]:
     lines = ["module purge"] if setup.module_purge else []
-    modules = [*setup.modules, *c.module_load]
-    lines += [f"module load {shlex.quote(name)} || exit 1" for name in modules]
+    for name in (*setup.modules, *c.module_load):
+        why = _or(f"module_load={name}: cannot be loaded")
+        lines.append(f"module load {shlex.quote(name)} {why}")
     if c.conda:
-        lines.append('eval "$(conda shell.bash hook)" || exit 1')
-        lines.append(f"conda activate {expandable(c.conda)} || exit 1")
+        # Of a command that is not there the hook would be empty, and no mistake.
+        why = _or(f"conda={c.conda}: there is no conda command here; load its module (module_load)")
+        lines.append(f"command -v conda >/dev/null {why}")
+        why = _or(f"conda={c.conda}: cannot be activated")
+        lines.append(f'eval "$(conda shell.bash hook)" {why}')
+        lines.append(f"conda activate {expandable(c.conda)} {why}")
     if c.venv:
-        lines.append(f"source {expandable(c.venv.rstrip('/') + '/bin/activate')} || exit 1")
+        why = _or(f"venv={c.venv}: holds no bin/activate that works here")
+        lines.append(f"source {expandable(c.venv.rstrip('/') + '/bin/activate')} {why}")
+    if c.container:
+        first = _first_word(c.container)
+        why = _or(f"container={c.container}: there is no command {first} here")
+        lines.append(f"command -v {shlex.quote(first)} >/dev/null {why}")
     lines += [f"export {name}={expandable(value)}" for name, value in setup.environment.items()]
     # Ray holds many connections; the soft limit is low on most machines.
     lines.append('ulimit -n "$(ulimit -Hn)"')
     return lines
+
+
+def _or(why: str) -> str:
+    """What ends the job, for a reason that names the option, where the command before it fails."""
+    return f"|| {{ echo {shlex.quote(f'error: {why}')} >&2; exit {EXIT_BAD_INPUT}; }}"
 
 
 def _python(c: LaunchConfig) -> str:

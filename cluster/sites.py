@@ -17,10 +17,12 @@ from typing import Any
 import yaml
 
 from cluster.options import (
+    IF_ASKED,
     LaunchConfig,
     check_sbatch_options,
     check_word,
     duration_s,
+    option_name,
     unknown,
 )
 from modular_lm.config.load import from_dict
@@ -34,13 +36,15 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class Kind:
     """One kind of node: what asking for it takes, and what it has.
 
-    account_suffix: what the account must end with; module_load: before the user's;
+    account_suffix: what the account must end with; charged: whether an account is needed, which the
+    site's account_variable then names; module_load: before the user's;
     qos: name -> longest time; longest: the longest time where there are no such names.
     """
 
     constraint: str | None = None
     partition: str | None = None
     account_suffix: str | None = None
+    charged: bool = True
     gpus_per_node: int = 0
     cpus_per_gpu: int | None = None
     cpus_per_node: int | None = None
@@ -55,7 +59,7 @@ class Site:
 
     account_variable: environment variable of the login node that names the account to charge;
     module_purge: begin with no modules; environment: variables of the job, in whose values $NAME is
-    replaced on the node; temp_root: a short folder on each node's own disk; port_range: ports
+    replaced on the node, as in temp_root: a short folder on each node's own disk; port_range: ports
     [first, end) of which every job takes a block; start_timeout_s: seconds that nodes may take to
     come, and then Ray.
     """
@@ -103,7 +107,8 @@ def apply_site(
 
     Raises ConfigError for a kind, a qos or a time that the site does not have.
     """
-    kind = _kind_of(c, site)
+    c = dataclasses.replace(c, kind=_name_of_kind(c, site))
+    kind = site.kinds[c.kind] if c.kind is not None else Kind()
     gpus = kind.gpus_per_node if c.gpus_per_node is None else c.gpus_per_node
     cpus = c.cpus_per_node or kind.cpus_per_node
     if cpus is None and gpus and kind.cpus_per_gpu:
@@ -152,9 +157,14 @@ def _read(values: Any) -> Site:
     for name in site.environment:
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(f"environment.{name}: not a name of a variable")
-    check_sbatch_options(site.sbatch_options)
+    check_sbatch_options(site.sbatch_options, of_site=True)
     if not (len(site.port_range) == 2 and 1024 <= site.port_range[0] < site.port_range[1] <= 65536):
         raise ConfigError(f"port_range={site.port_range}: expected [first, end] in 1024 to 65536")
+    if not site.temp_root.startswith(("/", "$")):
+        raise ConfigError(
+            f"temp_root={site.temp_root}: expected an absolute path, or one that begins with a "
+            "variable of the nodes, e.g. $TMPDIR"
+        )
     if site.start_timeout_s < 1:
         raise ConfigError(f"start_timeout_s={site.start_timeout_s}: expected seconds, 1 or more")
     for name, kind in site.kinds.items():
@@ -179,19 +189,18 @@ def _check_durations(described: Any) -> None:
             )
 
 
-def _kind_of(c: LaunchConfig, site: Site) -> Kind:
-    if c.kind is not None:
-        if c.kind not in site.kinds:
-            raise unknown("kind", c.kind, list(site.kinds))
-        return site.kinds[c.kind]
-    if site.kinds:
+def _name_of_kind(c: LaunchConfig, site: Site) -> str | None:
+    """The kind that is asked for, or the only one; None at a site without kinds."""
+    if c.kind is not None and c.kind not in site.kinds:
+        raise unknown("kind", c.kind, list(site.kinds))
+    if c.kind is None and len(site.kinds) > 1:
         raise ConfigError(f"site={c.site} has several kinds of nodes: kind={'|'.join(site.kinds)}")
-    return Kind()
+    return c.kind or next(iter(site.kinds), None)
 
 
 def _account(c: LaunchConfig, site: Site, kind: Kind, environment: Mapping[str, str]) -> str | None:
     account = c.account
-    if account is None and site.account_variable and kind.account_suffix:
+    if account is None and site.account_variable and kind.charged:
         account = environment.get(site.account_variable) or None
     if account is None or kind.account_suffix is None or account.endswith(kind.account_suffix):
         return account
@@ -226,5 +235,6 @@ def _longest_of(kind: Kind) -> str | None:
 
 
 def _not_overridden(options: list[str], c: LaunchConfig) -> list[str]:
-    own = {option.partition("=")[0] for option in c.sbatch_options}
-    return [option for option in options if option.partition("=")[0] not in own]
+    own = {option_name(option) for option in c.sbatch_options}
+    own |= {name for name in IF_ASKED if getattr(c, name) is not None}
+    return [option for option in options if option_name(option) not in own]

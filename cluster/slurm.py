@@ -9,32 +9,27 @@ resumes a run that has stopped. From Python `launch_job` does the same. What run
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import re
-import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.checks import Job, check_job, fewest_nodes, fit
+from cluster.checks import Job, fewest_nodes
 from cluster.folders import (
-    check_folder,
     check_unused,
     confirm_override,
+    found_in,
     is_ours,
     remove_run,
     write_job,
     write_script,
 )
-from cluster.jobs import active_job, has_sbatch, record_job, submit, try_script
-from cluster.options import LaunchConfig, check_options, split_arguments
+from cluster.jobs import record_job, submit
+from cluster.launch import Launch, prepare
+from cluster.options import LaunchConfig, split_arguments
 from cluster.plan import JobPlan
-from cluster.script import batch_script, check_name, check_path, on_nodes
-from cluster.sites import NodeSetup, apply_site, load_site
 from cluster.summary import summary
 from modular_lm.cli import run_job
 from modular_lm.config import to_yaml
@@ -42,29 +37,11 @@ from modular_lm.config.load import from_dict
 from modular_lm.errors import EXIT_DONE, ConfigError, UserFacingError
 from modular_lm.tracking.run_folder import RunFolder
 
-log = logging.getLogger(__name__)
-
 USAGE = "python -m cluster.slurm config=configs/debug.yaml nodes=2 time=1:00:00 key=value ..."
-_COMMAND = "python -m cluster.slurm"
 # Not in the command that resumes: with override it would delete the run that it is to go on with.
 _ONCE = ("dry_run", "yes", "override")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch, checked.
-
-    jobs: all that were asked for; todo: those that are not complete; array_dir: of a job array;
-    script: the batch script's text; starts: what SLURM says of when it would start.
-    """
-
-    options: LaunchConfig
-    setup: NodeSetup
-    jobs: list[Job]
-    todo: list[Job]
-    array_dir: Path | None = None
-    script: str = ""
-    starts: str = ""
+# Jobs that would train something even without a config: the defaults, which nobody means.
+_OF_A_CONFIG = ("ray_jobs.train", "ray_jobs.sweep")
 
 
 def launch_job(
@@ -73,7 +50,8 @@ def launch_job(
     """Submit one job, as the command line does; returns its id, None if the run is complete.
 
     config: a YAML file, or its content; overrides: `key=value` for the job's config; options: the
-    launcher's own keys (`LaunchConfig`). Raises UserFacingError before anything is written.
+    launcher's own keys (`LaunchConfig`), but for `dry_run`, `configs` and `launcher=bash`. Raises
+    UserFacingError before anything is written.
     """
     return _launch_from_python([config], overrides, options, is_array=False)[0]
 
@@ -83,25 +61,30 @@ def launch_jobs(
     overrides: Sequence[str] = (),
     **options: Any,
 ) -> list[str | None]:
-    """Submit several jobs as one job array: see `launch_job`. The id of each, in their order."""
+    """Submit several jobs as one job array: see `launch_job`. The id of each, in their order; of a
+    run at which a job is already, the id of that."""
+    if isinstance(configs, str | Path | Mapping) or not configs:
+        raise ConfigError(f"configs={configs!r}: expected a list of at least one config")
     return _launch_from_python(configs, overrides, options, is_array=True)
 
 
 def main(options: LaunchConfig, args: Sequence[str]) -> int:
     """The command line, whose `args` are those for the job's config. Returns the exit code."""
+    _check_config(options, args)
     requests = [[f"config={file}", *args] for file in options.configs] or [list(args)]
     again = [arg for arg in sys.argv[1:] if arg.partition("=")[0].lstrip("-") not in _ONCE]
     is_array = bool(options.configs)
     launch = prepare(options, requests, lambda _: again, is_array=is_array)
     for job in launch.jobs:
-        if job.complete:
+        if there := launch.active.get(job.dump_dir):
+            said = f"job {there.job_id} is there already, {there.state}; left out"
+            print(f"{job.name}: {said}", file=sys.stderr)
+        elif job.complete:
             print(f"{job.name} is complete: {job.dump_dir}", file=sys.stderr)
     if not launch.todo:
         return EXIT_DONE
     if options.dry_run:
-        print(launch.script, end="", flush=True)
-        print(summary(launch.options, launch.todo, [], launch.array_dir), file=sys.stderr)
-        print(launch.starts or "not tried: there is no sbatch here", file=sys.stderr)
+        _show(launch)
     elif options.launcher == "bash":
         _become(_write(launch))
     else:
@@ -110,99 +93,23 @@ def main(options: LaunchConfig, args: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-# ------------------------------------------------------------------ check
+def _check_config(options: LaunchConfig, args: Sequence[str]) -> None:
+    given = [arg for arg in args if arg.startswith("config=")]
+    if given and options.configs:
+        raise ConfigError(f"{given[0]} and configs={','.join(options.configs)}: use one of them")
+    if not given and not options.configs and options.script in _OF_A_CONFIG:
+        raise ConfigError(f"config: {options.script} needs one; give config=FILE or configs=[...]")
 
 
-def prepare(
-    options: LaunchConfig,
-    requests: Sequence[Sequence[str]],
-    again: Callable[[Sequence[Job]], Sequence[str]],
-    *,
-    is_array: bool,
-) -> Launch:
-    """Check everything; writes nothing. Raises UserFacingError.
-
-    requests: for each job the arguments of its config; again: the arguments that submit these jobs
-    once more, for who reads the script.
-    """
-    check_options(options)
-    if options.launcher == "bash":
-        options = _inside_allocation(options)
-    options = on_nodes(options)
-    options, setup = apply_site(options, load_site(options.site), os.environ)
-    check_options(options)  # again, with what the site and its variable have added
-    jobs = [check_job(options, args, afresh=options.override) for args in requests]
-    _check_distinct(jobs)
-    for job in jobs:
-        check_path(job.dump_dir, "dump_dir")
-        check_name(job.name)
-        check_folder(job.dump_dir, options)
-        # Without SLURM the script can be looked at all the same.
-        if not options.dry_run or has_sbatch():
-            _check_idle(job)
-    cpus = max(fit(options, job).cpus_per_node or 1 for job in jobs)
-    options = replace(options, cpus_per_node=cpus)
-    todo = [job for job in jobs if not job.complete]
-    if not todo:
-        return Launch(options, setup, jobs, todo)
-    if is_array:
-        array_dir = _array_dir(options, todo[0])
-        check_path(array_dir, "array_dir")
-    else:
-        array_dir = None
-    script = batch_script(
-        options,
-        [job.dump_dir for job in todo],
-        command=f"cd {shlex.quote(os.getcwd())} && {_COMMAND} {shlex.join(again(todo))}",
-        name=todo[0].name,
-        setup=setup,
-        array_dir=array_dir,
-        no_kill=any(fewest_nodes(options, job) < options.nodes for job in todo),
-    )
-    starts = ""
-    if options.launcher == "sbatch" and (has_sbatch() or not options.dry_run):
-        starts = try_script(script, options)
-    return Launch(options, setup, jobs, todo, array_dir, script, starts)
-
-
-def _inside_allocation(options: LaunchConfig) -> LaunchConfig:
-    """For launcher=bash: the options of the allocation that this runs in."""
-    if "SLURM_JOB_ID" not in os.environ:
-        raise ConfigError("launcher=bash: this is no allocation of SLURM; get one, e.g. by salloc")
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    if options.nodes not in (1, nodes):
-        raise ConfigError(f"nodes={options.nodes}: the allocation has {nodes}")
-    cpus, gpus = options.cpus_per_node, options.gpus_per_node
-    # E.g. "8(x2),4": eight on each of two nodes, four on a third.
-    each = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
-    if cpus is None and each:
-        cpus = min(map(int, each))
-    if gpus is None and "SLURM_GPUS_ON_NODE" in os.environ:
-        gpus = int(os.environ["SLURM_GPUS_ON_NODE"])
-    # Nothing would start again what was typed into a shell.
-    return replace(options, nodes=nodes, cpus_per_node=cpus, gpus_per_node=gpus, requeue=False)
-
-
-def _check_distinct(jobs: Sequence[Job]) -> None:
-    seen: set[Path] = set()
-    for job in jobs:
-        if job.dump_dir in seen:
-            raise ConfigError(f"dump_dir={job.dump_dir}: two of the configs have it; give each one")
-        seen.add(job.dump_dir)
-
-
-def _check_idle(job: Job) -> None:
-    if active := active_job(job.dump_dir):
-        raise ConfigError(
-            f"dump_dir={job.dump_dir}: job {active.job_id} is there already, {active.state}; wait "
-            f"for it, or end it: scancel {active.job_id}"
-        )
-
-
-def _array_dir(options: LaunchConfig, first: Job) -> Path:
-    if options.array_dir:
-        return Path(options.array_dir).expanduser().resolve()
-    return first.dump_dir.parent / f"array_{first.dump_dir.name}"
+def _show(launch: Launch) -> None:
+    """For dry_run: the script on standard output, the rest on standard error."""
+    print(launch.script, end="", flush=True)
+    print(summary(launch.options, launch.todo, [], launch.array_dir), file=sys.stderr)
+    for job in launch.todo:
+        if launch.options.override and is_ours(job.dump_dir):
+            what = found_in(job.dump_dir)
+            print(f"would delete the run in {job.dump_dir} ({what})", file=sys.stderr)
+    print(launch.starts or "not tried: there is no sbatch here", file=sys.stderr)
 
 
 # ------------------------------------------------------------------ write, submit
@@ -281,6 +188,12 @@ def _launch_from_python(
     *,
     is_array: bool,
 ) -> list[str | None]:
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides={overrides!r}: expected a list: [{overrides!r}]")
+    if mine := split_arguments(overrides)[0]:
+        raise ConfigError(f"{mine[0]}: is an option of the launcher; give it as a keyword argument")
+    if given := [arg for arg in overrides if arg.startswith("config=")]:
+        raise ConfigError(f"{given[0]}: the config is the first argument")
     own = from_dict(LaunchConfig, options)
     if own.launcher == "bash" or own.dry_run or own.configs:
         raise ConfigError("launcher=bash, dry_run and configs are for the command line")
@@ -288,7 +201,8 @@ def _launch_from_python(
         requests = [[f"config={file}", *overrides] for file in files]
         launch = prepare(own, requests, lambda jobs: _again(jobs, options), is_array=is_array)
     ids = submit_launch(launch) if launch.todo else []
-    found = {job.dump_dir: job_id for job, job_id in zip(launch.todo, ids, strict=True)}
+    found = {folder: there.job_id for folder, there in launch.active.items()}
+    found |= {job.dump_dir: job_id for job, job_id in zip(launch.todo, ids, strict=True)}
     return [found.get(job.dump_dir) for job in launch.jobs]
 
 

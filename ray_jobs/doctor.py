@@ -55,23 +55,31 @@ _OWN = ("script", "device_memory")
 def diagnose(rest: Sequence[str], config: DoctorConfig, given: dict[str, Any]) -> int:
     """The job: all findings about the job whose arguments are `rest`; returns the exit code."""
     script = Path(config.script) if Path(config.script).is_file() else None
-    module = _started_by(script) if script else config.script
+    plan = _plan_beside(script) if script else {}
+    module = plan.get("script", "ray_jobs.train") if script else config.script
     if module not in JOBS:
         close = difflib.get_close_matches(module, JOBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(JOBS)}"
         raise ConfigError(f"script={module}: neither a file nor a job; {hint}")
+    if plan and not any(arg.startswith("config=") for arg in rest):
+        rest = [*plan["arguments"], *rest]
     with _no_log():
         found = [*version_findings(), *_job(JOBS[module], rest, config), *slurm_findings(script)]
+    if plan and not os.environ.get("RAY_ADDRESS"):
+        # What can be started on this machine says nothing of the nodes.
+        found = [row for row in found if row.check not in ("ray", "gpu")]
+        found.append(Finding("ray", "ok", "the batch script starts one on the nodes of its job"))
     print(format_table(found), flush=True)
     return EXIT_BAD_INPUT if any(row.level == "error" for row in found) else EXIT_DONE
 
 
-def _started_by(script: Path) -> str:
-    """The job of a batch script: the plan beside one of our launcher's names it, else training."""
+def _plan_beside(script: Path) -> dict[str, Any]:
+    """The plan of a batch script of our launcher: its job and the arguments; empty for others."""
     try:
-        return json.loads((script.parent / "ray" / "slurm" / "plan.json").read_text())["script"]
-    except (OSError, ValueError, KeyError):
-        return "ray_jobs.train"
+        plan = json.loads((script.parent / "ray" / "slurm" / "plan.json").read_text())
+        return {"script": plan["script"], "arguments": plan.get("arguments", [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _job(cls: type, rest: Sequence[str], own: DoctorConfig) -> list[Finding]:

@@ -52,6 +52,20 @@ def test_who_asked_for_the_end_gets_no_requeue_for_a_lost_node(job: _Job) -> Non
     assert left(job) < 31
 
 
+def test_a_job_that_is_stopped_before_ray_is_up_says_so(
+    job: _Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def launch(*_: object) -> None:
+        job._events.put(_Event(signal=signal.SIGTERM))
+
+    monkeypatch.setattr(job._nodes, "launch", launch)
+    monkeypatch.setattr(job._nodes, "bring_up", lambda pump: pump(1))
+    with caplog.at_level("INFO"):
+        assert job._start_and_drive() == EXIT_STOPPED
+    said = "SLURM job 7: stopped before Ray was up; the same command continues"
+    assert caplog.messages[-1] == said
+
+
 def test_a_second_interrupt_does_not_wait(job: _Job) -> None:
     job._take(_Event(signal=signal.SIGINT))
     assert left(job) > 900

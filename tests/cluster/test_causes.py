@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from modular_lm.tracking.run_folder import RunFolder
 JOB = Allocation("12", 0, ("n0", "n1"))
 RUNNING = JobStatus("RUNNING", False, 90.0)
 PREEMPTED = JobStatus("RUNNING", True, 90.0)
+# What SLURM says while the SIGCONT before the signal is under way.
+SIGNALING = JobStatus("SIGNALING", False, 90.0)
 ENDING = JobStatus("COMPLETING", False, -3.0)
 UNKNOWN = JobStatus("UNKNOWN", False, 200.0)
 KILL_WAIT = 30.0
@@ -37,6 +40,14 @@ KILL_WAIT = 30.0
         (signal.SIGTERM, PREEMPTED, "SLURM job 12 is preempted (SIGTERM)", True),
         (signal.SIGTERM, RUNNING, "SLURM job 12 is asked to stop (SIGTERM)", False),
         (signal.SIGINT, RUNNING, "SLURM job 12 is asked to stop (SIGINT)", False),
+        (signal.SIGUSR1, SIGNALING, "SLURM job 12 is near its time limit (SIGUSR1)", True),
+        (
+            signal.SIGTERM,
+            replace(SIGNALING, preempted=True),
+            "SLURM job 12 is preempted (SIGTERM)",
+            True,
+        ),
+        (signal.SIGTERM, SIGNALING, "SLURM job 12 is asked to stop (SIGTERM)", False),
         (signal.SIGTERM, ENDING, "SLURM job 12 is ended by SLURM (SIGTERM)", False),
         (
             signal.SIGTERM,

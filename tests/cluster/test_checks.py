@@ -185,3 +185,18 @@ def test_a_job_goes_on_with_fewer_nodes_only_if_its_workers_may_be_fewer() -> No
     assert fewest_nodes(LaunchConfig(nodes=4), job((8, 8))) == 4
     assert fewest_nodes(LaunchConfig(nodes=4), job((3, 8))) == 2
     assert fewest_nodes(LaunchConfig(nodes=4), job(None)) == 4
+
+
+def test_nodes_that_would_train_nothing_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    fit(LaunchConfig(nodes=2), job((2, 2)))
+    assert caplog.messages == []
+    fit(LaunchConfig(nodes=3), job((1, 1)))
+    assert caplog.messages == ["ray.num_workers=1: 2 of 3 nodes train nothing"]
+
+
+def test_a_job_of_the_default_name_is_known_as_such(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"data": {"batch_size": 1}}))
+    assert not check(f"config={config}").is_named
+    assert check(f"config={config}", "name=x").is_named
+    assert check(f"config={config}", "dump_dir=x").is_named

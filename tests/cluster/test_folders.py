@@ -125,3 +125,10 @@ def test_deleting_is_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
         else:
             with pytest.raises(ConfigError, match="nothing was deleted"):
                 confirm_override(run, LaunchConfig())
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake() -> None:
+    job = Job("ray_jobs.train", {}, Path("/proc/x"), "run")
+    plan = JobPlan(job.script, [], "/proc/x", "", nodes=1, cpus_per_node=1)
+    with pytest.raises(ConfigError, match="dump_dir=/proc/x: cannot be made"):
+        write_job(job, plan)

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from cluster import folders
-from cluster.jobs import active_job, record_job, sbatch_environment, submit, try_script
+from cluster.checks import Job
+from cluster.jobs import active_job, ending, record_job, sbatch_environment, submit, try_script
+from cluster.launch import Launch, prepare
 from cluster.options import LaunchConfig
 from cluster.plan import JobPlan
 from cluster.script import batch_script, plan_file
 from cluster.sites import NodeSetup
-from cluster.slurm import Launch, _again, launch_job, launch_jobs, prepare, submit_launch
+from cluster.slurm import _again, _show, launch_job, launch_jobs, main, submit_launch
 from cluster.summary import summary
 from modular_lm.errors import ConfigError, RunFailedError
 from modular_lm.files import lock
@@ -52,6 +54,54 @@ def test_variables_that_would_win_over_options_do_not_reach_sbatch() -> None:
         "SLURM_CONF": "/c",
         "HOME": "/h",
     }
+
+
+def test_jobs_are_ended_in_the_way_that_their_state_allows() -> None:
+    gently = "scancel --batch --signal=TERM 8_0 8_1"
+    for state in ("RUNNING", "SIGNALING", "SUSPENDED"):
+        assert ending(["8_0", "8_1"], state) == gently
+    assert ending(["8_0", "8_1"], "PENDING") == "scancel 8_0 8_1"
+    assert ending(["8"], "COMPLETING") == ""
+
+
+def test_the_summary_says_what_each_task_gets_and_how_to_end_it(tmp_path: Path) -> None:
+    jobs = [Job("ray_jobs.train", {}, tmp_path / name, name, (1, 2)) for name in "ab"]
+    options = LaunchConfig(nodes=2, cpus_per_node=3, time="30")
+    said = summary(options, jobs, ["8_0", "8_1"], tmp_path / "array_a")
+    asked = "2 nodes of 3 CPUs; 1 to 2 workers; time limit 30; each of 2 tasks"
+    assert f"  asked for   {asked}\n" in said
+    assert "  stop        scancel --batch --signal=TERM 8_0 8_1   (saves a checkpoint)\n" in said
+    assert "              scancel 8_0 8_1   (while it is pending)\n" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "args", "message"),
+    [
+        ({"configs": ["a", "b"]}, ["config=c"], "config=c and configs=a,b: use one of them"),
+        ({}, ["steps=3"], "config: ray_jobs.train needs one; give config=FILE or configs=["),
+        ({"script": "ray_jobs.sweep"}, [], "config: ray_jobs.sweep needs one"),
+        ({"script": "ray_jobs.prepare"}, [], "dump_dir: ray_jobs.prepare has none"),
+        ({"array_limit": 2}, [f"config={DEBUG}"], "are for a job array: configs=[...]"),
+    ],
+)
+def test_the_config_is_given_in_one_way(
+    options: dict[str, object], args: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        main(LaunchConfig(**options), args)  # type: ignore[arg-type]
+
+
+def test_mistakes_in_calls_from_python_are_named() -> None:
+    for overrides, message in (
+        ("steps=3", "overrides='steps=3': expected a list: ['steps=3']"),
+        (["nodes=2"], "nodes=2: is an option of the launcher; give it as a keyword argument"),
+        (["config=x"], "config=x: the config is the first argument"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            launch_job(DEBUG, overrides)
+    for configs in ([], str(DEBUG), {"steps": 3}):
+        with pytest.raises(ConfigError, match="expected a list of at least one config"):
+            launch_jobs(configs)  # type: ignore[arg-type]
 
 
 def test_inside_an_allocation_the_job_gets_what_that_has(
@@ -129,6 +179,36 @@ def test_a_folder_that_may_not_be_written_is_refused(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path} cannot be written")):
         launch_into("a/b")
+
+
+@pytest.mark.usefixtures("allocation")
+def test_ports_that_are_too_few_are_the_profiles_mistake(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("port_range: [20000, 20010]\n")
+    with pytest.raises(ConfigError, match=r"^port_range=\[20000, 20010\]: a node of 4 CPUs needs"):
+        launch_into("x", site="./mine.yaml")
+
+
+def test_each_of_several_configs_needs_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file, name in zip(files, ("name: a", "steps: 3"), strict=True):
+        file.write_text(f"{name}\ndata: {{batch_size: 1}}\n")
+    c = LaunchConfig(dry_run=True, cpus_per_node=4)
+    asked = [[f"config={file}", "data.sources={builtin: 1}"] for file in files]
+    with pytest.raises(ConfigError, match="configs: number 2 has neither name nor dump_dir"):
+        prepare(c, asked, lambda _: [], is_array=True)
+
+
+def test_a_dry_run_says_what_an_override_would_delete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job("ray_jobs.train", {}, tmp_path / "x", "x")
+    plan = JobPlan(job.script, [], str(job.dump_dir), "", nodes=1, cpus_per_node=1)
+    plan.write(plan_file(job.dump_dir))
+    _show(Launch(LaunchConfig(override=True, dry_run=True), NodeSetup(), [job], [job]))
+    assert f"would delete the run in {tmp_path}/x (no checkpoint)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("allocation")
@@ -219,7 +299,9 @@ def test_a_job_is_active_until_it_has_ended(here: Slurm, tmp_path: Path) -> None
     active = active_job(folder)
     assert active is not None
     assert active.job_id == job
-    with pytest.raises(ConfigError, match=f"job {job} is there already"):
+    here.wait(job, "RUNNING", timeout=60)
+    end = f"RUNNING; wait for it, or end it: scancel --batch --signal=TERM {job}$"
+    with pytest.raises(ConfigError, match=f"job {job} is there already, {end}"):
         launch_job(DEBUG, dump_dir_of("x"), container=SHOW)
     with pytest.raises(ConfigError, match=f"job {job} is there already"):
         launch_job(DEBUG, dump_dir_of("x"), container=SHOW, override=True, yes=True)
@@ -281,6 +363,24 @@ def test_an_array_has_a_task_for_each_config(here: Slurm, tmp_path: Path) -> Non
     assert (tmp_path / "runs" / "array_a" / "submit.slurm").is_file()
     with pytest.raises(ConfigError, match="two of the configs have it"):
         launch_jobs([{"name": "a"}, {"name": "a"}])
+
+
+@pytest.mark.slurm
+def test_an_array_is_submitted_again_without_the_tasks_that_are_there(
+    here: Slurm, tmp_path: Path
+) -> None:
+    waiting = launch_job({"name": "c"}, container=WAIT)
+    names = ("a", "c")
+    new, there = launch_jobs([{"name": name} for name in names], container=SHOW)
+    assert there == waiting
+    assert new is not None
+    assert here.wait(new, "COMPLETED", "FAILED", timeout=60) == "COMPLETED"
+    script_text = (tmp_path / "runs" / "array_a" / "submit.slurm").read_text()
+    assert "--array=0-0\n" in script_text
+    with pytest.raises(ConfigError, match=f"job {waiting} is there already"):
+        launch_jobs([{"name": "c"}], container=SHOW)
+    with pytest.raises(ConfigError, match=f"job {waiting} is there already"):
+        launch_jobs([{"name": n} for n in names], container=SHOW, override=True, yes=True)
 
 
 @pytest.mark.slurm

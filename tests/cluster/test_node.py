@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster import _control, _ray_start, node
-from cluster.node import _Node, _own_folder
+from cluster.node import _expanded, _Node, _own_folder
 from cluster.plan import JobPlan
-from modular_lm.errors import RunFailedError
+from modular_lm.errors import ConfigError, RunFailedError
 
 
 @pytest.mark.timeout(60)
@@ -53,6 +53,16 @@ def test_a_node_ends_when_the_wire_is_cut(
     ours.close()
     _Node(plan, "n0", "7-0", tmp_path, its, []).serve("word")
     assert "n0: the allocation is gone" in capsys.readouterr().out
+
+
+def test_a_folder_for_ray_may_be_named_by_a_variable_of_the_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL", "/scratch/7")
+    assert _expanded("$LOCAL/ray", "n0") == "/scratch/7/ray"
+    for temp_root, shown in (("$NOPE/x", r"\$NOPE/x"), ("${LOCAL", r"\$\{LOCAL"), ("x", "x")):
+        with pytest.raises(ConfigError, match=f"on n0: is {shown}, no absolute path"):
+            _expanded(temp_root, "n0")
 
 
 def test_a_folder_that_cannot_be_used_is_not_left(

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import _control
+from cluster import _control, _nodes
 from cluster._control import Nodes as Wire
-from cluster._nodes import NodeGroup
+from cluster._nodes import Node, NodeGroup
 from cluster._shared_files import SharedFiles
 from cluster.plan import JobPlan
 from cluster.ports import PortBlock
@@ -99,10 +99,36 @@ def test_enough_nodes_start_without_the_others_but_never_without_the_first(tmp_p
 
 
 @pytest.mark.timeout(60)
-def test_ray_that_ends_while_it_starts_is_started_again(tmp_path: Path) -> None:
-    """Over a real wire, with nodes that answer as the script says."""
+def test_ray_that_ends_while_it_starts_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_nodes, "_PAUSE_S", 0.01)
     answers = {"n1": ["lost", "ready"], "n2": ["ready"], "n3": ["lost", "lost", "lost"]}
-    nodes = group(tmp_path, enough=2)
+    started = started_with(tmp_path, answers)
+    assert {node.name: node.state for node in started} == {"n1": "up", "n2": "up", "n3": "lost"}
+    assert started[-1].why == "its raylet ended"
+
+
+@pytest.mark.timeout(60)
+def test_ray_that_takes_its_time_to_end_is_started_until_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that is busy for minutes; no end here counts as a quick one."""
+    monkeypatch.setattr(_nodes, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(_nodes, "_QUICK_S", 0.0)
+    answers = {"n1": ["lost"] * 9 + ["ready"], "n2": ["ready"], "n3": ["ready"]}
+    assert [node.state for node in started_with(tmp_path, answers)] == ["up"] * 3
+    (tmp_path / "again").mkdir()
+    answers["n1"] = ["lost"] * 500
+    monkeypatch.setattr(_nodes, "_PAUSE_S", 0.1)
+    first, *others = started_with(tmp_path / "again", answers, seconds=2)
+    assert first.state in ("lost", "starting")
+    assert [node.state for node in others] == ["up", "up"]
+
+
+def started_with(folder: Path, answers: dict[str, list[str]], seconds: float = 30) -> list[Node]:
+    """Ray started over a real wire, on nodes that answer as the script says."""
+    nodes = group(folder, enough=2)
     heard: queue.Queue = queue.Queue()
     nodes._wire = Wire(b"key", lambda name, message: heard.put((name, message)))
     nodes._srun = subprocess.Popen(["sleep", "60"])
@@ -115,13 +141,36 @@ def test_ray_that_ends_while_it_starts_is_started_again(tmp_path: Path) -> None:
         while len(nodes._in("here")) < 4:
             pump(1)
         started = [nodes.nodes[name] for name in answers]
-        nodes._start(started, "10.0.0.0:20001", time.monotonic() + 30, pump)
+        nodes._start(started, "10.0.0.0:20001", time.monotonic() + seconds, pump)
     finally:
         nodes._srun.kill()
         nodes._srun.wait()
         nodes._wire.close()
-    assert {node.name: node.state for node in started} == {"n1": "up", "n2": "up", "n3": "lost"}
-    assert nodes.nodes["n3"].why == "its raylet ended"
+    return started
+
+
+def test_nodes_that_only_waited_for_the_first_are_not_blamed(tmp_path: Path) -> None:
+    nodes = group(tmp_path)
+    (tmp_path / "nodes.log").write_text("srun: error: lacks support for cpu binding\n")
+    for name in NAMES:
+        come(nodes, name)
+        say(nodes, name, "claimed", taken=[])
+    nodes.head.state = "starting"
+    say(nodes, "n0", "lost", why="`ray start` ended (exit code 1): no GCS")
+    with pytest.raises(RunFailedError) as raised:
+        nodes._check_enough("up")
+    message = str(raised.value)
+    assert "1 of 4 nodes did not come, after 0 s: n0: `ray start` ended (exit code 1)" in message
+    assert "; n1, n2, n3 waited for n0 (log:" in message
+    assert "binding" not in message
+
+
+def test_a_ray_that_still_starts_at_the_deadline_says_so(tmp_path: Path) -> None:
+    nodes = group(tmp_path)
+    come(nodes, "n0")
+    nodes.head.state, nodes.head.asked = "starting", time.monotonic() - 7
+    with pytest.raises(RunFailedError, match="n0: its Ray was not up 7 s after its start"):
+        nodes._check_enough("up")
 
 
 @pytest.mark.timeout(60)
@@ -164,10 +213,10 @@ def answer(port: int, name: str, script: list[str]) -> None:
     connection = _control.connect("127.0.0.1", port, b"key")
     hello = {"kind": "hello", "node": name, "address": "10.0.0.9", "host": name, "word": "w"}
     _control.send(connection, hello)
-    for kind in script:
-        assert _control.receive(connection)["kind"] == "start"
-        _control.send(connection, {"kind": kind, "why": "its raylet ended"})
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # until the wire is closed
+        for kind in script:
+            assert _control.receive(connection)["kind"] == "start"
+            _control.send(connection, {"kind": kind, "why": "its raylet ended"})
         _control.receive(connection)
 
 

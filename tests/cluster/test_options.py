@@ -44,12 +44,23 @@ def test_durations_are_read_as_sbatch_reads_them(text: str, seconds: int) -> Non
     ("args", "message"),
     [
         (["time=2h"], "time=2h: expected minutes, H:MM:SS"),
-        (["time=5", "signal_s=280"], "signal_s=280: time=5 leaves nothing to train in"),
+        (["time=5", "signal_s=280"], "time=5, which is 5 minutes, leaves nothing to train in"),
+        (["time=1:00"], "time=1:00, which is 1 minute, leaves nothing"),
+        (["time=1:10"], "time=1:10, which is 1 minute and 10 s, leaves nothing"),
+        (["time=0"], "time=0: is no limit at all for SLURM"),
+        (["mem=16"], "mem=16: is 16 MB for SLURM; give the unit, e.g. 16G"),
         (["venv=a", "conda=b"], "venv=a and conda=b: use one"),
         (["launcher=bash", "configs=[a.yaml]"], "configs: a job array needs launcher=sbatch"),
         (["account=a b"], "account='a b': expected a word"),
         (["partition="], "partition='': expected a word"),
         (["sbatch_options=[reservation=x]"], "sbatch_options='reservation=x': expected --name"),
+        (["sbatch_options=[--array=0-3]"], "is set by the launcher; use configs=[...]"),
+        (["sbatch_options=[-a 0-3]"], "is set by the launcher; use configs=[...]"),
+        (["sbatch_options=[--nodes=1]"], "is set by the launcher; use nodes="),
+        (["sbatch_options=[-N1]"], "is set by the launcher; use nodes="),
+        (["sbatch_options=[--part=x]"], "is set by the launcher; use partition="),
+        (["sbatch_options=[--no-requeue]"], "is set by the launcher; use requeue=false"),
+        (["sbatch_options=[-v]"], "sbatch_options='-v': expected --name"),
         (["launcher=sbach"], "did you mean sbatch?"),
         (["nodes=0"], "nodes=0: expected a number >= 1"),
     ],
@@ -57,3 +68,16 @@ def test_durations_are_read_as_sbatch_reads_them(text: str, seconds: int) -> Non
 def test_impossible_options_are_named(args: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_options(load_config(LaunchConfig, args)[0])
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "mem=64G",
+        "mem=0",
+        "time=30",
+        "sbatch_options=[--time-min=5,--nodelist=n1,--gres=gpu:a100:4]",
+    ],
+)
+def test_options_that_are_fine(arg: str) -> None:
+    check_options(load_config(LaunchConfig, [arg])[0])

@@ -47,7 +47,8 @@ def said(plan: JobPlan) -> str:
 
 def test_it_waits_until_slurm_has_noticed(plan: JobPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, silent = replace(WITHOUT_FIRST, node_list="n0 n1 n2"), JobStatus("UNKNOWN", False, None)
-    slurm = Controller(monkeypatch, whole, silent, whole, WITHOUT_FIRST)
+    signaling = replace(whole, state="SIGNALING")
+    slurm = Controller(monkeypatch, whole, silent, signaling, WITHOUT_FIRST)
     _orphans.go_on_without_first_node(plan, JOB, "n1")
     assert slurm.done == ["requeue"]
     assert said(plan) == "SLURM job 7 has lost its first node, n0: requeued by n1\n"

@@ -44,7 +44,9 @@ def test_neighbouring_jobs_prefer_blocks_apart_and_all_stay_in_the_range() -> No
 
 
 def test_a_range_too_small_for_one_job_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"cpus_per_node: 2 nodes .* need 162 ports"):
+    with pytest.raises(
+        ConfigError, match=r"port_range=\[20000, 20100\]: 2 nodes .* need 162 ports"
+    ):
         next(candidates(1, 81, 2, (20000, 20100)))
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from cluster.options import LaunchConfig
-from cluster.script import batch_script, check_name, check_path, expandable, on_nodes
+from cluster.script import (
+    batch_script,
+    check_container,
+    check_name,
+    check_path,
+    expandable,
+    on_nodes,
+)
 from cluster.sites import NodeSetup
 from modular_lm.errors import ConfigError
 
@@ -122,11 +129,52 @@ def test_the_environment_is_set_up_in_order_and_expanded_on_the_node(tmp_path: P
     ]
 
 
-def test_a_module_that_cannot_be_loaded_ends_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"module_load": ["m"], "container": SHOW}, "module_load=m: cannot be loaded"),
+        ({"conda": "it's"}, "conda=it's: there is no conda command here"),
+        ({"venv": "$NOPE/v"}, "venv=$NOPE/v: holds no bin/activate"),
+        (
+            {"container": "nosuch exec 'my image'"},
+            "container=nosuch exec 'my image': there is no command nosuch here",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_set_up_ends_the_job(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
     (tmp_path / "code").mkdir()
-    text = script(tmp_path, module_load=["m"], container=SHOW)
-    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout) == (1, "")
+    text = script(tmp_path, **options)
+    done = subprocess.run(
+        ["/bin/bash"], input=text, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+        timeout=30,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_an_environment_of_conda_that_is_not_there_ends_the_job(tmp_path: Path) -> None:
+    (tmp_path / "conda").write_text("#!/bin/bash\necho 'conda() { return 1; }'\n")
+    (tmp_path / "conda").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash"], input=script(tmp_path, conda="e"), env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "error: conda=e: cannot be activated\n")
+
+
+def test_a_container_whose_command_is_not_here_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for container in ("printf x", "$APPTAINER exec i.sif"):
+        check_container(LaunchConfig(container=container), NodeSetup())
+    check_container(LaunchConfig(container="nosuch exec x"), NodeSetup(modules=("nosuch",)))
+    assert caplog.messages == []
+    check_container(LaunchConfig(container="nosuch exec x"), NodeSetup())
+    assert caplog.messages == ["container=nosuch exec x: there is no command nosuch here"]
+    with pytest.raises(ConfigError, match="container=x 'y: No closing quotation"):
+        check_container(LaunchConfig(container="x 'y"), NodeSetup())
 
 
 def test_a_task_of_an_array_finds_its_folder(tmp_path: Path) -> None:

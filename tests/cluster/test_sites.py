@@ -101,6 +101,8 @@ def test_an_unknown_site_is_named() -> None:
         ("environment: {A-B: x}", "environment.A-B: not a name of a variable"),
         ("port_range: [30000, 20000]", "port_range=[30000, 20000]: expected [first, end]"),
         ("port_range: [20000]", "port_range=[20000]: expected [first, end]"),
+        ("temp_root: scratch", "temp_root=scratch: expected an absolute path"),
+        ("sbatch_options: [--nodes=1]", "is set by the launcher; use nodes="),
         ("start_timeout_s: 0", "start_timeout_s=0: expected seconds"),
         ("a: [", "site="),
     ],
@@ -111,6 +113,36 @@ def test_a_profile_with_a_mistake_is_named(tmp_path: Path, text: str, message: s
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         load_site(str(file))
     assert str(file) in str(raised.value)
+
+
+def profile(folder: Path, text: str) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_the_variable_names_the_account_also_where_no_suffix_does(tmp_path: Path) -> None:
+    mine = profile(tmp_path, "account_variable: PROJECT")
+    assert at(mine, PROJECT="xyz")[0].account == "xyz"
+    assert at(mine, "account=abc", PROJECT="xyz")[0].account == "abc"
+    assert at(mine)[0].account is None
+    # What is not charged gets no account.
+    assert at("jean_zay", "kind=prepost", IDRPROJ="xyz")[0].account is None
+
+
+def test_the_only_kind_need_not_be_named(tmp_path: Path) -> None:
+    mine = profile(tmp_path, "kinds: {big: {partition: gpu, gpus_per_node: 8}}")
+    options, _ = at(mine)
+    assert (options.kind, options.partition, options.gpus_per_node) == ("big", "gpu", 8)
+    with pytest.raises(ConfigError, match="kind=bg: did you mean big"):
+        at(mine, "kind=bg")
+    with pytest.raises(ConfigError, match="kind=big: there are none"):
+        at("generic", "kind=big")
+
+
+def test_options_of_a_site_give_way_to_the_users(tmp_path: Path) -> None:
+    mine = profile(tmp_path, "sbatch_options: [--mem=0, --exclude=n7]")
+    assert at(mine, "mem=64G")[0].sbatch_options == ["--exclude=n7"]
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ class Jobs:
         site.write_text(f"description: a folder for Ray\ntemp_root: {temp_root}\n")
         self.options: dict[str, Any] = {**OPTIONS, "site": str(site)}
 
-    def submit(self, name: str, *overrides: str) -> str:
+    def submit(self, name: str, *overrides: str, **options: Any) -> str:
         """Train in `root/name`; returns the job's id."""
         where = f"dump_dir={self.folder(name).path}"
-        job = launch_job(CONFIG, [*ARGUMENTS, where, *overrides], **self.options)
+        job = launch_job(CONFIG, [*ARGUMENTS, where, *overrides], **{**self.options, **options})
         assert job is not None
         self.submitted.append(job)
         return job
@@ -171,6 +171,22 @@ def test_a_node_that_is_lost_ends_the_attempt_and_the_job_is_requeued(training: 
     assert len(attempts(folder)) >= 2
     assert "node n1 is lost" in training.output("lost", job)
     assert training.slurm.restarts(job) == 1
+
+
+@pytest.mark.chaos
+def test_a_job_goes_on_after_its_time_limit(training: Jobs) -> None:
+    """A real one, ahead of which SLURM itself sends the signal: one to two minutes before."""
+    slurm = training.slurm
+    job = training.submit("long", "steps=1000000", time="4", signal_s=60)
+    wait_until(lambda: slurm.restarts(job) == 1, "the requeue", 300)
+    folder = training.folder("long")
+    assert stop_reasons(folder) == [f"SLURM job {job} is near its time limit (SIGUSR1)"]
+    saved = complete_steps(folder.checkpoints)[-1]
+    assert saved > 0
+    wait_until(lambda: len(attempts(folder)) == 2, "the next attempt", 120)
+    assert attempts(folder)[1]["start_step"] == saved
+    slurm.run("scancel", job)
+    training.finish(job, "long", "CANCELLED")
 
 
 @pytest.mark.chaos

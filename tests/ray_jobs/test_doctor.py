@@ -314,14 +314,17 @@ def test_a_batch_script_is_taken_for_its_own_job_and_not_for_sbatchs_variables(
     script, plan = tmp_path / "submit.slurm", tmp_path / "ray" / "slurm" / "plan.json"
     script.write_text("#!/bin/bash\n#SBATCH --account=a\n#SBATCH --time=3\n")
     plan.parent.mkdir(parents=True)
-    plan.write_text('{"script": "ray_jobs.sweep"}')
+    config = f"config={REPO}/configs/ablation_debug.yaml"
+    plan.write_text(json.dumps({"script": "ray_jobs.sweep", "arguments": [config]}))
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\nenv | grep ^SBATCH_ >&2\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     for name in ("ACCOUNT", "TIMELIMIT", "QOS"):
         monkeypatch.setenv(f"SBATCH_{name}", "theirs")
-    _, rows = examine(f"script={script}", f"config={REPO}/configs/ablation_debug.yaml")
+    _, rows = examine(f"script={script}")
+    assert text_of(rows, "ray", "ok") == "the batch script starts one on the nodes of its job"
+    assert "gpu" not in rows
     assert "3 variants" in text_of(rows, "sweep", "ok")
     assert text_of(rows, "slurm", "ok") == "SBATCH_QOS=theirs"
 
