@@ -284,6 +284,18 @@ def leaf_keys(cls: type) -> frozenset[str]:
     return frozenset(path for path, *_ in _leaves(cls, ""))
 
 
+@functools.cache
+def number_kind(cls: type, dotted: str) -> type[int] | type[float] | None:
+    """Which kind of number a key takes, also a name in a mapping; None: it takes none."""
+    for path, hint, *_ in _leaves(cls, ""):
+        if dotted == path or dotted.startswith(f"{path}."):
+            while get_origin(hint) is dict:
+                hint = get_args(hint)[1]
+            kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+            return next((kind for kind in (int, float) if kind in kinds), None)
+    return None
+
+
 def _leaves(cls: type, path: str) -> Iterable[tuple[str, Any, Any, Any]]:
     """(full key, type, default, metadata) of every leaf below `cls`."""
     hints = get_type_hints(cls)

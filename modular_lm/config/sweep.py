@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from modular_lm.config.keys import key
-from modular_lm.config.load import from_dict, leaf_keys, set_key
+from modular_lm.config.load import from_dict, leaf_keys, number_kind, set_key
 from modular_lm.config.schema import TrainConfig
 from modular_lm.errors import ConfigError
 
@@ -32,6 +33,8 @@ _OWN = {
     "stop_at": "a trial ends where its budget does",
     "dry_run": "it is the sweep's",
 }
+# What sweep.iso_parameters sets.
+_WIDTHS = ("model.ffn_dim_multiplier", "model.multiple_of")
 
 
 @dataclass
@@ -131,15 +134,17 @@ def swept_keys(sweep: SweepSettings) -> dict[str, SweptConfig]:
         path = f"sweep.params.{name}"
         if not isinstance(spec, dict):
             raise ConfigError(f"{path}={spec}: expected how it varies, e.g. {{grid: [{spec}]}}")
+        if isinstance(when := spec.get("when"), dict):
+            spec = {**spec, "when": _flat(when, lambda *_: False)}
         swept = from_dict(SweptConfig, spec, f"{path}.")
         _check_swept(path, swept)
         for value in swept.values:
             check_value(name, value, "sweep.params.")
-        _check_kind(path, swept, sweep.searcher)
-        for other in swept.when:
-            if other not in leaf_keys(TrainConfig):
-                check_value(other, None, f"{path}.when.")
+        _check_kind(path, name, swept, sweep.searcher)
+        _check_when(path, swept)
         found[name] = swept
+    if sweep.iso_parameters:
+        _check_widths(found, "sweep.params")
     if sweep.searcher == "optuna":
         _check_search(sweep, found)
     return found
@@ -157,16 +162,27 @@ def named_arms(sweep: SweepSettings) -> dict[str, dict[str, Any]]:
         found[arm] = _flat(values, lambda name, _: name in leaves)
         for name, value in found[arm].items():
             check_value(name, value, f"sweep.arms.{arm}.")
+        if sweep.iso_parameters:
+            _check_widths(found[arm], f"sweep.arms.{arm}")
     return found
 
 
 def check_value(name: str, value: Any, path: str) -> None:
-    """Raise ConfigError, the key named with `path` before it, for what no run would take."""
+    """Raise ConfigError, the key named with `path` before it, for what no trial would take."""
     if name in _OWN:
         raise ConfigError(f"{path}{name}: cannot be swept: {_OWN[name]}")
     values: dict[str, Any] = {}
     set_key(values, name, value)
-    from_dict(TrainConfig, values, path)
+    config = from_dict(TrainConfig, values, path)
+    # A tokenizer's name stands for its group; any other value would take the place of all keys.
+    is_group = any(key.startswith(f"{name}.") for key in leaf_keys(TrainConfig))
+    if is_group and not isinstance(value, str):
+        raise ConfigError(f"{path}{name}: expected a key, and this is a group; list its keys")
+    if config.eval.validation.max_docs == 0:
+        raise ConfigError(
+            f"{path}eval.validation.max_docs=0: trials are compared by their validation loss; use "
+            "more"
+        )
 
 
 def check_sweep(sweep: SweepSettings) -> None:
@@ -223,17 +239,41 @@ def _check_swept(path: str, swept: SweptConfig) -> None:
     kind, values = given[0], swept.values
     if not values:
         raise ConfigError(f"{path}.{kind}=[]: expected at least one value")
-    if kind.endswith("uniform") and not (len(values) == 2 and values[0] < values[1]):
-        raise ConfigError(f"{path}.{kind}={values}: expected two numbers, the smaller one first")
+    if kind.endswith("uniform") and not (
+        len(values) == 2 and all(map(math.isfinite, values)) and values[0] < values[1]
+    ):
+        raise ConfigError(
+            f"{path}.{kind}={values}: expected two finite numbers, the smaller one first"
+        )
     if kind == "loguniform" and values[0] <= 0:
         raise ConfigError(f"{path}.{kind}={values}: expected numbers > 0")
 
 
-def _check_kind(path: str, swept: SweptConfig, searcher: str) -> None:
+def _check_kind(path: str, name: str, swept: SweptConfig, searcher: str) -> None:
     if searcher == "grid" and swept.kind != "grid":
         raise ConfigError(
             f"{path}.{swept.kind}: is drawn, and sweep.searcher=grid draws nothing; use grid, or "
             "sweep.searcher=random or optuna"
+        )
+    if swept.kind.endswith("uniform") and number_kind(TrainConfig, name) is None:
+        raise ConfigError(
+            f"{path}.{swept.kind}: draws numbers, and the key takes none; use choice, or grid"
+        )
+
+
+def _check_when(path: str, swept: SweptConfig) -> None:
+    for name, values in swept.when.items():
+        if not values:
+            raise ConfigError(f"{path}.when.{name}=[]: expected at least one value")
+        for value in values:
+            check_value(name, value, f"{path}.when.")
+
+
+def _check_widths(keys: Iterable[str], path: str) -> None:
+    if name := next((key for key in keys if key in _WIDTHS), None):
+        raise ConfigError(
+            f"{path}.{name}: sweep.iso_parameters sets the feed-forward's width for each variant; "
+            f"leave it out here ({name} for all variants decides the baseline's)"
         )
 
 
@@ -273,7 +313,8 @@ def _flat(values: dict[str, Any], is_leaf: Any, prefix: str = "") -> dict[str, A
     found: dict[str, Any] = {}
     for part, value in values.items():
         name = f"{prefix}{part}"
-        if isinstance(value, dict) and not is_leaf(name, value):
+        # An empty group stays, to be refused: it would vanish without a word.
+        if isinstance(value, dict) and value and not is_leaf(name, value):
             found |= _flat(value, is_leaf, f"{name}.")
         else:
             found[name] = value

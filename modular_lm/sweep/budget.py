@@ -69,10 +69,10 @@ def steps_within(amount: float, per_step: float) -> int:
     return max(1, round(amount / per_step))
 
 
-def check_spread(spent: Mapping[str, float], budget: Budget) -> None:
-    """Raise ConfigError where whole steps bring trials too far from each other.
+def check_spread(spent: Mapping[str, float], budget: Budget, amount: float) -> None:
+    """Raise ConfigError where whole steps bring trials too far from each other, or from `amount`.
 
-    spent: by name, in the unit of the budget.
+    spent: by name, in the unit of the budget, as amount, which is what each may spend.
     """
     least, most = min(spent, key=spent.__getitem__), max(spent, key=spent.__getitem__)
     spread = spent[most] / spent[least] - 1
@@ -81,6 +81,13 @@ def check_spread(spent: Mapping[str, float], budget: Budget) -> None:
             f"sweep.amount: whole steps let {most} spend {spent[most]:.4g} {budget} and {least} "
             f"{spent[least]:.4g}, {spread:.1%} apart; allowed are {TOLERANCE:.0%}: choose a larger "
             "amount, or smaller steps (data.batch_size, grad_acc_steps)"
+        )
+    furthest = max(least, most, key=lambda name: abs(spent[name] - amount))
+    if abs(spent[furthest] / amount - 1) > TOLERANCE:
+        raise ConfigError(
+            f"sweep.amount={amount:.4g}: whole steps let {furthest} spend {spent[furthest]:.4g} "
+            f"{budget}; allowed are {TOLERANCE:.0%} more or less: choose a larger amount, or "
+            "smaller steps (data.batch_size, grad_acc_steps)"
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from modular_lm.config.checks import warnings_of
 from modular_lm.config.sweep import sweep_warnings
 from modular_lm.sweep.search import ROUND
 from modular_lm.sweep.space import drawn_at_random
@@ -13,7 +16,10 @@ def describe(plan: Plan) -> str:
     """A line for each variant, then what the sweep takes in all."""
     settings, seeds = plan.settings, plan.settings.seeds
     width = max(len(arm.name) for arm in plan.arms)
-    head = f"{'variant':<{width}}  {'steps':>8}  {'tokens':>9}  {'parameters':>12}  {'FLOPs':>9}"
+    head = (
+        f"{'variant':<{width}}  {'steps':>8}  {'tokens/step':>11}  {'tokens':>9}  "
+        f"{'parameters':>12}  {'FLOPs/token':>11}  {'FLOPs':>9}"
+    )
     lines = [head, *(_line(arm, width) for arm in plan.arms), ""]
     runs = [arm for arm in plan.arms if arm.cost and arm.steps]
     flops = sum(arm.cost.flops_per_step * arm.steps for arm in runs if arm.cost and arm.steps)
@@ -33,7 +39,18 @@ def describe(plan: Plan) -> str:
         )
     lines += [f"{name:<18} {value}" for name, value in rows.items()]
     lines += [f"warning: {text}" for text in sweep_warnings(settings)]
+    lines += [f"warning: {', '.join(names)}: {text}" for text, names in _of_variants(plan).items()]
     return "\n".join(lines)
+
+
+def _of_variants(plan: Plan) -> dict[str, list[str]]:
+    """What their runs would warn of -> the variants that do."""
+    found: dict[str, list[str]] = {}
+    for arm in plan.arms:
+        if arm.config and arm.steps:
+            for text in warnings_of(replace(arm.config, steps=arm.steps)):
+                found.setdefault(text, []).append(arm.name)
+    return found
 
 
 def _line(arm: Arm, width: int) -> str:
@@ -41,6 +58,7 @@ def _line(arm: Arm, width: int) -> str:
         return f"{arm.name:<{width}}  cannot be trained: {arm.why}"
     tokens = arm.steps * arm.cost.tokens_per_step
     return (
-        f"{arm.name:<{width}}  {arm.steps:>8,}  {tokens:>9.4g}  {arm.cost.parameters:>12,}  "
+        f"{arm.name:<{width}}  {arm.steps:>8,}  {arm.cost.tokens_per_step:>11,}  {tokens:>9.4g}  "
+        f"{arm.cost.parameters:>12,}  {arm.cost.flops_per_token:>11.4g}  "
         f"{arm.steps * arm.cost.flops_per_step:>9.4g}"
     )

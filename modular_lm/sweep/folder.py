@@ -9,6 +9,9 @@
 `trial.json` holds
 
     name, arm, seed           of the trial; arm: the name of its variant
+    order                     the arm's place in the definition, from 0
+    removed                   whether the definition has its arm or seed no more: it is kept, and
+                              not of the sweep while that is so
     values                    {full key: value} as swept; keys: with what iso_parameters adds
     budget, amount            what the trial may spend; steps: what follows from it
     baseline                  whether the others are compared with its arm
@@ -34,7 +37,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from modular_lm.config.checks import flatten
-from modular_lm.config.load import to_dict, to_yaml
+from modular_lm.config.load import from_dict, to_dict, to_yaml
+from modular_lm.config.schema import TrainConfig
 from modular_lm.config.sweep import SweepConfig
 from modular_lm.errors import ConfigError, DataError
 from modular_lm.files import write_text_atomic
@@ -44,10 +48,17 @@ from modular_lm.tracking.run_folder import RunFolder
 Status = Literal["pending", "running", "done", "stopped", "failed"]
 STATUSES: tuple[str, ...] = get_args(Status)
 
-# What makes two trials of a name the same one, and keys that say only where and how they run.
-_IDENTITY = ("arm", "seed", "values", "keys", "steps", "given")
+_DESCRIPTION = ("name", "arm", "seed", "values", "keys", "steps", "given")
 _STATE = ("status", "why", "attempts", "failures")
-_ANYWHERE = ("dump_dir", "ray", "logging", "checkpoint")
+# Keys and groups of a run that say only where and how it is run. Of those that make up a step, its
+# tokens are compared.
+_ANYWHERE = (
+    *("dump_dir", "hang_timeout_s", "logging", "ray", "data.loader", "data.allow_change"),
+    *("checkpoint.dump", "checkpoint.eval", "checkpoint.rolling", "checkpoint.path"),
+    *("checkpoint.async_save", "eval.validation.batch_size"),
+    *("data.batch_size", "grad_acc_steps"),
+)
+_STEP = "tokens per step (data.batch_size, grad_acc_steps, ray.num_workers)"
 
 
 class SweepFolder:
@@ -79,18 +90,22 @@ class SweepFolder:
         """Write the definition, and a `trial.json` for each trial that has none.
 
         Trials that are there keep their state: the same sweep again goes on, and one with further
-        variants or seeds adds them. Raises ConfigError, before anything is written, where a trial
-        of the same name was something else.
+        variants or seeds adds them. Those whose variant or seed it has no more are marked so.
+        Raises ConfigError, before anything is written, where a trial of the same name was something
+        else.
         """
-        records = [describe(plan, trial) for trial in plan.trials]
-        known = {record["name"]: self.read(record["name"]) for record in records}
-        for record in records:
-            if old := known[record["name"]]:
-                _check_same(self.path, old, record)
+        records = {trial.name: describe(plan, trial) for trial in plan.trials}
+        known = {record["name"]: record for record in self.records()}
+        for name, record in records.items():
+            if name in known:
+                _check_same(self.path, known[name], record)
         self.path.mkdir(parents=True, exist_ok=True)
+        for name, old in known.items():
+            if name not in records:
+                self.write({**old, "removed": True, "baseline": False})
         write_text_atomic(self.definition, to_yaml(resolved(plan, config)))
-        for record in records:
-            old = known[record["name"]] or record
+        for name, record in records.items():
+            old = known.get(name, record)
             self.write({**record, **{key: old[key] for key in _STATE}})
 
     def update(self, trial: str, status: Status, why: str | None = None) -> None:
@@ -113,7 +128,7 @@ class SweepFolder:
             return None
         except ValueError as error:
             raise DataError(f"{file}: expected JSON: {error}; remove the trial's folder") from error
-        missing = [key for key in (*_IDENTITY, *_STATE, "name") if key not in record]
+        missing = [key for key in (*_DESCRIPTION, *_STATE) if key not in record]
         if missing or record["status"] not in STATUSES:
             raise DataError(f"{file}: expected a trial's state, and {missing or 'status'} is not")
         return record
@@ -124,11 +139,15 @@ class SweepFolder:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
-    def trials(self) -> list[dict[str, Any]]:
-        """The `trial.json` of every trial: by arm as the definition lists them, then by seed."""
+    def records(self) -> list[dict[str, Any]]:
+        """Every `trial.json` that is there, also of arms and seeds that were taken out."""
         folders = sorted(self.path.glob("trials/*/trial.json"))
         records = [record for file in folders if (record := self.read(file.parent.name))]
         return sorted(records, key=lambda r: (r.get("order", 0), r["arm"], r["seed"]))
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Those of the definition: by arm in its order, then by seed."""
+        return [record for record in self.records() if not record.get("removed")]
 
     def read_definition(self) -> dict[str, Any]:
         """Raises DataError where no sweep is."""
@@ -161,6 +180,7 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
         "name": trial.name,
         "arm": arm.name,
         "order": names.index(arm.name),
+        "removed": False,
         "seed": trial.seed,
         "values": arm.values,
         "keys": arm.keys,
@@ -179,31 +199,40 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = _identity(old), _identity(new)
+    try:
+        before, after = _identity(old), _identity(new)
+    except ConfigError as error:
+        raise ConfigError(
+            f"dump_dir={folder}: its trial {old['name']} is of another version: {error}; use "
+            "another dump_dir (or name)"
+        ) from error
+    # What could not run had no steps, and may run now.
     changed = [
         key
-        for key in _IDENTITY
-        if before[key] != after[key] and (key, before[key]) != ("steps", None)
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+        and not (key in ("steps", _STEP) and before[key] is None)
     ]
     if changed:
-        what, other = before[changed[0]], after[changed[0]]
-        if not isinstance(what, dict):
-            what, other = {changed[0]: what}, {changed[0]: other}
+        key = changed[0]
+        what = f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        if new["why"] and not old["why"]:
+            what = f"it cannot be trained any more: {new['why']}"
         raise ConfigError(
-            f"dump_dir={folder}: its trial {old['name']} was begun otherwise: "
-            f"{_first_difference(what, other)}; a sweep can get further variants and seeds, but "
-            "what it has cannot change: use another dump_dir (or name)"
+            f"dump_dir={folder}: its trial {old['name']} was begun otherwise: {what}; a sweep can "
+            "get further variants and seeds, but what it has cannot change: use another dump_dir "
+            "(or name)"
         )
 
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two trials of a name the same one: full key -> value, defaults written out."""
     # By way of JSON: what is written, and what it is read back as, are the same.
-    record = json.loads(json.dumps(record))
-    given = {k: v for k, v in record["given"].items() if k not in (*_ANYWHERE, "steps")}
-    return {**{key: record[key] for key in _IDENTITY}, "given": flatten(given)}
-
-
-def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    before, after = ({k: str(v) for k, v in each.items()} for each in (old, new))
-    key = next(k for k in (*old, *new) if before.get(k) != after.get(k))
-    return f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+    given = json.loads(json.dumps(record["given"]))
+    keys = flatten(to_dict(from_dict(TrainConfig, given)))
+    fixed = {
+        key: value
+        for key, value in keys.items()
+        if not any(key == each or key.startswith(f"{each}.") for each in _ANYWHERE)
+    }
+    return {**fixed, "steps": record["steps"], _STEP: record.get("tokens_per_step")}

@@ -46,7 +46,7 @@ def grown(plan: Plan, folder: SweepFolder, has_ended: Callable[[Trial], bool]) -
     has_ended: whether a trial has, for good. Raises ConfigError where the folder's suggestions are
     of another definition.
     """
-    records = folder.trials()
+    records = folder.records()
     known = {record["arm"] for record in records}
     studies = studies_of(plan.settings, plan.base)
     made = {study.name: _made_before(plan, study, records) for study in studies}
@@ -100,7 +100,7 @@ def _again(plan: Plan, study: Study, number: int, values: Mapping[str, Any]) -> 
         )
 
     def draw(key: str, swept: Any) -> Any:
-        if key not in values or not is_possible(swept, values[key]):
+        if key not in values or not is_possible(key, swept, values[key]):
             raise differs(key)
         # The first one is always drawn: another seed or range shows in it.
         if number == 0 and json.dumps(at_random(plan.settings, 0)(key, swept)) != json.dumps(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modular_lm.config.checks import flatten
-from modular_lm.config.load import from_dict, to_dict
+from modular_lm.config.load import from_dict, number_kind, to_dict
 from modular_lm.config.schema import TrainConfig
 from modular_lm.config.sweep import SweepSettings, SweptConfig, named_arms, swept_keys
 from modular_lm.errors import ConfigError
@@ -150,10 +150,16 @@ def distinct(variants: Iterable[Variant]) -> list[Variant]:
     return list(found.values())
 
 
-def rounded(value: float, swept: SweptConfig) -> float:
+def is_whole(key: str) -> bool:
+    """Whether a key takes whole numbers only."""
+    return number_kind(TrainConfig, key) is int
+
+
+def rounded(key: str, value: float, swept: SweptConfig) -> float:
     """A number of a range as it stands in names; more digits would only pretend a precision."""
     low, high = swept.values
-    return min(max(float(f"{value:.4g}"), low), high)
+    value = min(max(float(f"{value:.4g}"), low), high)
+    return round(value) if is_whole(key) else value
 
 
 def _arms(
@@ -234,11 +240,13 @@ def _draw(seed: int, number: int, key: str, swept: SweptConfig) -> Any:
     if swept.kind == "choice":
         return generator.choice(swept.values)
     low, high = swept.values
+    if is_whole(key):  # half a number more at both ends, so that these are as likely as others
+        low, high = low - 0.5, high + 0.5
     if swept.kind == "uniform":
         value = generator.uniform(low, high)
     else:
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
-    return rounded(value, swept)
+    return rounded(key, value, swept)
 
 
 def _short_names(keys: list[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modular_lm.config.sweep import SweptConfig
 from modular_lm.errors import ConfigError, reason
-from modular_lm.sweep.space import Draw, Study, rounded
+from modular_lm.sweep.space import Draw, Study, is_whole, rounded
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -73,18 +73,23 @@ def suggestion(study: Study, results: Sequence[Result], seed: int, at_random: in
         if swept.kind == "choice":
             return swept.values[trial.suggest_categorical(key, range(len(swept.values)))]
         low, high = swept.values
-        value = trial.suggest_float(key, low, high, log=swept.kind == "loguniform")
-        return rounded(value, swept)
+        log = swept.kind == "loguniform"
+        if is_whole(key):
+            value = trial.suggest_int(key, round(low), round(high), log=log)
+        else:
+            value = trial.suggest_float(key, low, high, log=log)
+        return rounded(key, value, swept)
 
     return draw
 
 
-def is_possible(swept: SweptConfig, value: Any) -> bool:
-    """Whether a value could be suggested."""
+def is_possible(key: str, swept: SweptConfig, value: Any) -> bool:
+    """Whether a value of a key could be suggested."""
     if swept.kind == "choice":
         return _same(value) in map(_same, swept.values)
     low, high = swept.values
-    return isinstance(value, int | float) and low <= value <= high
+    kinds = int if is_whole(key) else int | float
+    return isinstance(value, kinds) and low <= value <= high
 
 
 def _told(study: Study, result: Result) -> FrozenTrial:
@@ -101,18 +106,25 @@ def _told(study: Study, result: Result) -> FrozenTrial:
         state=states[result.state],
         value=result.loss if result.state == "done" else None,
         params={key: _param(study.swept[key], value) for key, value in result.values.items()},
-        distributions={key: _distribution(study.swept[key]) for key in result.values},
+        distributions={key: _distribution(key, study.swept[key]) for key in result.values},
         intermediate_values=early,
     )
 
 
-def _distribution(swept: SweptConfig) -> BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+def _distribution(key: str, swept: SweptConfig) -> BaseDistribution:
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
 
     if swept.kind == "choice":
         return CategoricalDistribution(range(len(swept.values)))
     low, high = swept.values
-    return FloatDistribution(low, high, log=swept.kind == "loguniform")
+    log = swept.kind == "loguniform"
+    if is_whole(key):
+        return IntDistribution(round(low), round(high), log=log)
+    return FloatDistribution(low, high, log=log)
 
 
 def _param(swept: SweptConfig, value: Any) -> Any:

@@ -138,12 +138,20 @@ def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
         )
     variants = variants_of(settings, base)
     baseline = _baseline(settings, variants)
-    arms = _distinct([_arm(base, each) for each in variants], settings, baseline)
+    arms = [_arm(base, each) for each in variants]
     first = next(arm for arm in arms if arm.name == baseline)
     if first.cost is None:
         raise ConfigError(f"sweep.baseline={baseline}: cannot be trained: {first.why}")
     if settings.iso_parameters:
         arms = [_matched(base, arm, first) for arm in arms]
+    arms = _distinct(arms, settings, baseline)
+    made = [suggestion for each in variants for suggestion in each.suggestions]
+    left = suggestions_in_all(settings, base) - len(made)
+    if len(arms) == 1 and not left:
+        raise ConfigError(
+            f"sweep: {baseline} is the only variant, so there is nothing to compare: give "
+            "sweep.params more values (and a `when` that holds), or sweep.arms more names"
+        )
     amount = settings.amount or _default_amount(settings, base, first.cost)
     arms = [_with_steps(arm, settings, amount) for arm in arms]
     if settings.budget in ("tokens", "flops"):
@@ -152,10 +160,8 @@ def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
             for arm in arms
             if arm.steps and arm.cost
         }
-        check_spread(spent, settings.budget)
+        check_spread(spent, settings.budget, amount)
     folder = Path(dump_dir_of(config)).expanduser().absolute()
-    made = [suggestion for each in variants for suggestion in each.suggestions]
-    left = suggestions_in_all(settings, base) - len(made)
     return Plan(settings, folder, base, baseline, amount, arms, left)
 
 
@@ -174,10 +180,10 @@ def with_variants(plan: Plan, variants: Sequence[Variant], known: Collection[str
     also a variant fails alone that whole steps bring too far from the baseline.
     """
     first = next(arm for arm in plan.arms if arm.name == plan.baseline)
-    made = [_arm(plan.base, each) for each in variants]
-    arms = _distinct(made, plan.settings, plan.baseline, known)
+    arms = [_arm(plan.base, each) for each in variants]
     if plan.settings.iso_parameters:
         arms = [_matched(plan.base, arm, first) for arm in arms]
+    arms = _distinct(arms, plan.settings, plan.baseline, known)
     arms = [_fair(_with_steps(arm, plan.settings, plan.amount), first, plan) for arm in arms]
     suggested = sum(len(each.suggestions) for each in variants)
     left = suggestions_in_all(plan.settings, plan.base) - suggested
@@ -194,7 +200,7 @@ def _fair(arm: Arm, baseline: Arm, plan: Plan) -> Arm:
         if each.steps and each.cost
     }
     try:
-        check_spread(spent, budget)
+        check_spread(spent, budget, plan.amount)
     except ConfigError as error:
         return replace(arm, config=None, steps=None, why=str(error))
     return arm

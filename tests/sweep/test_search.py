@@ -237,6 +237,21 @@ def test_choices_of_any_kind_and_keys_that_act_under_a_condition(tmp_path: Path)
     assert late.count("muon") >= 6
 
 
+def test_keys_that_take_whole_numbers_get_them(tmp_path: Path) -> None:
+    params = (
+        "sweep.params={optim.warmup: {loguniform: [1, 100]}, optim.spike_window: {uniform: [0, 9]}}"
+    )
+    search = Search(tmp_path, params, "sweep.num_samples=12")
+    for _ in search.rounds(lambda trial: 2.0 + abs(trial.arm.values["optim.warmup"] - 30) / 30):
+        pass
+    found = search.suggested()
+    assert len(found) == 12
+    assert {type(value) for each in found.values() for value in each.values()} == {int}
+    assert all(1 <= each["optim.warmup"] <= 100 for each in found.values())
+    # What is read back is what was suggested.
+    assert Search(tmp_path, params, "sweep.num_samples=12").grow() == []
+
+
 def test_suggestions_that_repeat_others_are_trained_once(tmp_path: Path) -> None:
     params = "sweep.params={model.module_agg: {choice: [avg, mean, sum]}}"
     search = Search(tmp_path, params, "sweep.num_samples=12")

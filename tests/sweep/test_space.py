@@ -121,7 +121,30 @@ def test_keys_that_end_the_same_are_named_in_full() -> None:
     assert names(found) == ["checkpoint.dump.every-5__checkpoint.eval.every-7"]
 
 
+@pytest.mark.parametrize("kind", ["uniform", "loguniform"])
+def test_keys_that_take_whole_numbers_get_them(kind: str) -> None:
+    params = {"optim.warmup": {kind: [1, 4]}, "optim.lr_multipliers.aggs": {kind: [1, 4]}}
+    found = expand(params, searcher="random", num_samples=200)
+    warmups = [e.values["optim.warmup"] for e in found]
+    assert {type(value) for value in warmups} == {int}
+    assert set(warmups) == {1, 2, 3, 4}
+    if kind == "uniform":  # the ends as often as others
+        assert 30 < warmups.count(1) < 70
+        assert 30 < warmups.count(4) < 70
+    assert len({e.values["optim.lr_multipliers.aggs"] for e in found}) > 100
+    assert found[0].name.startswith(f"warmup-{warmups[0]}__aggs-")
+
+
+def test_conditions_may_be_nested_as_the_command_line_nests_them() -> None:
+    when = {"model": {"module_seq_len": [64, None]}, "data.tokenizer.name": ["bytes"]}
+    params = {"optim.lr": {"grid": [0.1, 0.2], "when": when}}
+    assert len(expand(params)) == 2
+    assert len(expand(params, {"model": {"module_seq_len": 32}})) == 1
+
+
 GRID = {"grid": [64]}
+RANDOM = {"searcher": "random"}
+INF = float("inf")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +166,20 @@ GRID = {"grid": [64]}
         ({"steps": {"grid": [1]}}, {}, "sweep.params.steps: cannot be swept"),
         ({"model.dim": {**GRID, "when": {"model.agg": [1]}}}, {}, "sweep.params.model.dim.when."),
         ({"model.dim": {**GRID, "when": {"model.dim": [1]}}}, {}, "goes in a circle"),
+        (
+            {"model.dim": {**GRID, "when": {"model.module_agg": ["stak"]}}},
+            {},
+            "sweep.params.model.dim.when.model.module_agg=stak: expected one of",
+        ),
+        ({"model.dim": {**GRID, "when": {"optim.lr": []}}}, {}, "when.optim.lr=[]: expected at"),
+        ({"model.dim": {}}, {}, "sweep.params.model.dim: expected exactly one of"),
+        ({"optim": {}}, {}, "sweep.params.optim: expected exactly one of"),
+        ({"optim": {"grid": [{"lr": 1}]}}, {}, "sweep.params.optim: expected a key"),
+        ({}, {"arms": {"a": {"model": None}}}, "sweep.arms.a.model: expected a key"),
+        ({"optim.lr": {"uniform": [1, INF]}}, RANDOM, "expected two finite numbers"),
+        ({"optim.lr": {"loguniform": [-INF, 1]}}, RANDOM, "expected two finite numbers"),
+        ({"optim.warmup": {"uniform": [0.5, 9]}}, RANDOM, "warmup=0.5: expected a whole number"),
+        ({"checkpoint.path": {"uniform": [1, 9]}}, RANDOM, "draws numbers, and the key takes none"),
         ({"model.dim": GRID}, {"arms": {"a": {"model.dim": 8}}}, "sweep.arms.a sets it already"),
         ({}, {"arms": {"a": {"model.dmi": 8}}}, "sweep.arms.a.model.dmi"),
         ({}, {"arms": {"a/b": {}}}, "sweep.arms.a/b: expected a name"),

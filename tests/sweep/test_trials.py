@@ -15,6 +15,7 @@ from modular_lm.config.load import from_dict
 from modular_lm.errors import ConfigError
 from modular_lm.model.flops import flops_per_token, parameters
 from modular_lm.sweep.budget import check_spread
+from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.trials import Plan, plan_sweep
 from tests.support import REPO
 from tests.sweep.made_sweep import DEBUG, planned
@@ -82,9 +83,16 @@ def test_steps_that_are_too_few_to_be_fair_are_refused() -> None:
         ConfigError, match=r"sweep.amount: whole steps let .* apart; allowed are 1%"
     ):
         plan(ARMS, "sweep.amount=6e11")
-    check_spread({"a": 1000.0, "b": 1009.0}, "flops")
+    check_spread({"a": 1000.0, "b": 1009.0}, "flops", 1005.0)
     with pytest.raises(ConfigError, match=r"whole steps let b spend 1011 flops and a 1000, 1.1%"):
-        check_spread({"a": 1000.0, "b": 1011.0}, "flops")
+        check_spread({"a": 1000.0, "b": 1011.0}, "flops", 1005.0)
+
+
+def test_steps_that_miss_the_amount_are_refused_also_where_all_miss_it_alike() -> None:
+    with pytest.raises(ConfigError, match=r"sweep.amount=10: whole steps let dense spend 8192 tok"):
+        plan(ARMS, "sweep.budget=tokens", "sweep.amount=10")
+    with pytest.raises(ConfigError, match=r"sweep.amount=1020: whole steps let a spend 1000"):
+        check_spread({"a": 1000.0, "b": 1009.0}, "flops", 1020.0)
 
 
 def test_the_other_budgets() -> None:
@@ -134,6 +142,15 @@ def test_parameters_that_no_width_can_match_fail_alone() -> None:
     assert "sweep.iso_parameters" in str(made.arms[1].why)
 
 
+@pytest.mark.parametrize("key", ["model.ffn_dim_multiplier", "model.multiple_of"])
+def test_what_iso_parameters_sets_cannot_vary(key: str) -> None:
+    for where in (f"params={{{key}: {{grid: [8, 16]}}}}", f"arms={{a: {{{key}: 8}}, b: {{}}}}"):
+        with pytest.raises(ConfigError, match=rf"{key}: sweep.iso_parameters sets"):
+            plan(f"sweep.{where}", "sweep.iso_parameters=true")
+        plan(f"sweep.{where}")
+    plan(ARMS, f"{key}=8", "sweep.iso_parameters=true")
+
+
 def test_a_variant_that_cannot_run_fails_alone_but_for_the_baseline() -> None:
     args = ("sweep.params={model.module_n_summary: {grid: [1, 3, 4]}}",)
     made = plan(*args)
@@ -169,6 +186,37 @@ def test_a_baseline_that_is_no_variant() -> None:
 def test_trials_are_compared_by_validation_so_there_must_be_one() -> None:
     with pytest.raises(ConfigError, match=r"eval.validation.max_docs=0"):
         plan(ARMS, "eval.validation.max_docs=0")
+    varied = "params={eval.validation.max_docs: {grid: [16, 0]}}"
+    for where in (varied, "arms={a: {eval.validation.max_docs: 0}, b: {}}"):
+        with pytest.raises(ConfigError, match=r"eval.validation.max_docs=0: trials are compared"):
+            plan(f"sweep.{where}")
+
+
+def test_one_variant_is_no_sweep() -> None:
+    for where in (
+        "params={optim.lr: {grid: [0.1]}}",
+        "params={optim.lr: {grid: [0.1, 0.2], when: {model.module_agg: [stack]}}}",
+        "params={model.module_agg: {grid: [avg, mean]}}",
+        "arms={a: {}}",
+    ):
+        with pytest.raises(ConfigError, match="is the only variant, so there is nothing to compar"):
+            plan(f"sweep.{where}")
+
+
+def test_a_dry_run_says_what_a_step_costs_and_what_the_runs_would_warn_of() -> None:
+    made = plan(ARMS[:-1] + ", odd: {model.module_seq_len: null}, late: {optim.warmup: 900}}")
+    text = describe(made)
+    head, dense = text.splitlines()[:2]
+    assert head.split()[1:4] == ["steps", "tokens/step", "tokens"]
+    cost = made.arms[0].cost
+    assert cost is not None
+    assert {f"{cost.tokens_per_step:,}", f"{cost.flops_per_token:.4g}"} <= set(dense.split())
+    assert "warning: odd: model.module_agg=avg cannot act" in text
+    # Of its own number of steps.
+    assert (
+        f"warning: late: optim.warmup=900 is longer than the run, steps={made.arms[-1].steps}"
+        in text
+    )
 
 
 def test_a_base_file_holds_where_the_sweep_sets_nothing(tmp_path: Path) -> None:
