@@ -78,7 +78,7 @@ def wait_for_workers(
             log.warning(
                 "%s, and it has room for %d, %d of it free: waiting", _wanted(c), room, free
             )
-            request_resources(bundles=[{"CPU": c.cpus_per_worker}] * world_sizes(c)[1])
+            ask_for(c, world_sizes(c)[1])
             asked = True
         if waited > _PATIENCE_S:
             raise RunFailedError(
@@ -87,6 +87,14 @@ def wait_for_workers(
             )
         time.sleep(0.5)
     return None
+
+
+def ask_for(config: RayConfig | None = None, workers: int = 0) -> None:
+    """Have a cluster that can grow become able to hold so many workers in all; none: as it likes.
+
+    Holds until the next call, whoever makes it.
+    """
+    request_resources(bundles=[{"CPU": config.cpus_per_worker}] * workers if config else [])
 
 
 def _wanted(c: RayConfig) -> str:

@@ -1,4 +1,4 @@
-"""Ray Tune over the trials of a sweep: so many at a time, stopped early where a rule says so.
+"""Ray Tune over the trials of a sweep: each when it is let in, stopped early where a rule says so.
 
 What is done and what failed is recorded in the trials' own files (`modular_lm.sweep.folder`), so
 nothing that Tune remembers is needed to continue: each round is a new experiment of Tune over what
@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from ray.tune.search import Searcher
 from modular_lm.config.sweep import SweepSettings
 from modular_lm.errors import EXIT_BAD_INPUT, RunFailedError, reason
 from modular_lm.sweep.folder import SweepFolder
+from ray_jobs._room import Room
 from ray_jobs._trial import Job, result_of, train_trial
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ _ENVIRONMENT = {
     # A trial that is stopped early, or fails, may have no loss.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
+# What a rule's request to stop begins with. Whatever else stops a trial has interrupted it.
+_BY_RULE = "sweep.scheduler="
 _REDUCTION = 2
 _ENOUGH_FOR_A_MEDIAN = 3
 
@@ -44,7 +48,7 @@ def run_round(
     folder: SweepFolder,
     settings: SweepSettings,
     jobs: Mapping[str, Job],
-    at_once: int,
+    room: Room,
     attend: Callable[[Recorder], None],
 ) -> Recorder:
     """Run these trials until each has ended, or a stop of the sweep has ended them.
@@ -52,7 +56,10 @@ def run_round(
     attend: called about twice a second meanwhile. Returns what was recorded. Raises RunFailedError
     if Tune itself fails.
     """
-    os.environ.update(_ENVIRONMENT | {"TUNE_MAX_PENDING_TRIALS_PG": str(at_once)})
+    os.environ.update(_ENVIRONMENT)
+    # It warns of trials without metrics, and prints tracebacks of those that died: the recorder
+    # says what became of each. What Tune itself dies of is raised.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     recorder = Recorder(folder, len(jobs))
     rule = stop_rule(settings, folder, jobs)
     storage = folder.path / "ray" / "tune"
@@ -63,9 +70,8 @@ def run_round(
     tuner = tune.Tuner(
         tune.with_resources(_trainable(jobs), tune.PlacementGroupFactory([here])),
         tune_config=tune.TuneConfig(
-            search_alg=InOrder(list(jobs), next(iter(jobs.values())).sweep.stop_requested),
+            search_alg=InOrder(jobs, next(iter(jobs.values())).sweep.stop_requested, room),
             num_samples=len(jobs),
-            max_concurrent_trials=at_once,
             scheduler=rule,
         ),
         run_config=tune.RunConfig(
@@ -78,6 +84,7 @@ def run_round(
     while thread.is_alive():
         thread.join(0.5)
         attend(recorder)
+    room.close()
     if failure:
         raise RunFailedError(f"Ray Tune failed: {reason(failure[0])}") from failure[0]
     shutil.rmtree(storage, ignore_errors=True)
@@ -102,22 +109,27 @@ def _trainable(jobs: Mapping[str, Job]) -> Callable[[dict[str, Any]], dict[str, 
 
 
 class InOrder(Searcher):
-    """Suggests the trials one after the other, and no more once the sweep is to stop."""
+    """Suggests the trials one after the other as there is room, none once the sweep is to stop."""
 
-    def __init__(self, names: list[str], stopped: Callable[[], str | None]) -> None:
+    def __init__(self, names: Iterable[str], stopped: Callable[[], str | None], room: Room) -> None:
         super().__init__()
-        self._names, self._stopped = names, stopped
+        self._names, self._stopped, self._room = list(names), stopped, room
+        self._suggested: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The configuration of the next trial."""
+        """The configuration of the next trial, None while there is no room for it."""
         if not self._names or self._stopped():
             return self.FINISHED
-        return {"trial": self._names.pop(0)}
+        if not self._room.admits(self._names[0]):
+            return None
+        name = self._suggested[trial_id] = self._names.pop(0)
+        return {"trial": name}
 
     def on_trial_complete(
         self, trial_id: str, result: dict | None = None, error: bool = False
     ) -> None:
-        """The order does not depend on results."""
+        """It runs no more, however it has ended."""
+        self._room.leave(self._suggested[trial_id])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing is needed: the trials' own files say what is left."""
@@ -132,6 +144,8 @@ class Recorder(tune.Callback):
         self.ended: list[str] = []
         # Those that failed for a reason that another attempt would meet, too.
         self.hopeless: set[str] = set()
+        # Those that were stopped, but by no rule: the next command continues them.
+        self.interrupted: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Called by Tune's loop, as all of these."""
@@ -144,8 +158,8 @@ class Recorder(tune.Callback):
         """The trial's function has returned, whatever it says."""
         name, result = trial.config["trial"], trial.last_result
         outcome, why = result.get("outcome", "failed"), result.get("why")
-        stopped = self._folder.path / "ray" / "stop"
-        if outcome == "stopped" and stopped.exists() and not str(why).startswith("sweep."):
+        if outcome == "stopped" and not str(why).startswith(_BY_RULE):
+            self.interrupted.add(name)
             self._end(name, "pending", f"interrupted ({why}); the same command continues")
             return
         if result.get("exit_code") == EXIT_BAD_INPUT:
@@ -154,8 +168,8 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The trial's process has died."""
-        error = trial.get_error()
-        self._end(trial.config["trial"], "failed", f"its process ended: {_last_line(error)}")
+        why = _cause(trial.error_file)
+        self._end(trial.config["trial"], "failed", f"its process ended: {why}")
 
     def _end(self, name: str, status: Any, why: str | None) -> None:
         self._folder.update(name, status, why)
@@ -165,9 +179,16 @@ class Recorder(tune.Callback):
         log.info("%s: %s%s; %d of %d", name, status, because, len(self.ended), self._total)
 
 
-def _last_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _cause(file: str | None) -> str:
+    """The last line of what Tune has written of a failure, of Ray's explanations the first part."""
+    try:
+        # Not `trial.get_error()`, which looks where Tune copies this file to, later or never.
+        text = Path(file).read_text(encoding="utf-8") if file else ""
+    except OSError as error:
+        text = f"{file}: {reason(error)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[-1] if lines else "Ray says nothing of it"
+    return line.rpartition("Worker exit detail: ")[2].partition(" There are some potential")[0]
 
 
 # ------------------------------------------------------------------ early stopping
@@ -177,8 +198,12 @@ class _Asks:
     """A rule of Tune whose decision to stop becomes a request to the run, which saves and ends.
 
     Tune itself would kill the trial's process, and leave its workers to be found by others.
+
+    spared: trials of the baseline, which the others are compared with: the rule knows their results
+    and stops none of them; asked: those that it has stopped, or that ended before
     """
 
+    spared: set[str]
     asked: set[str]
     rule: str
     folder: SweepFolder
@@ -188,17 +213,20 @@ class _Asks:
         name = trial.config["trial"]
         if name in self.asked:
             return Scheduler.CONTINUE
-        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
-        if decision == Scheduler.STOP:
+        decision = self.hear(tune_controller, trial, result)
+        if decision == Scheduler.STOP and name not in self.spared:
             self.asked.add(name)
-            why = f"sweep.scheduler={self.rule}: loss {result['loss']:.4f} at step {result['step']}"
+            why = f"{_BY_RULE}{self.rule}: loss {result['loss']:.4f} at step {result['step']}"
             with contextlib.suppress(OSError):
                 self.folder.run(name).request_stop(why)
         return Scheduler.CONTINUE
 
-    def recall(self, trial: _Earlier, result: dict) -> None:
-        """Let the rule know a result whose consequences are past."""
-        super().on_trial_result(_NoController(), trial, result)  # type: ignore[misc]
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+        """Nothing: what a trial returns says how it ended, and is no point of its curve."""
+
+    def hear(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        """What the rule would do, which knows the result from now on."""
+        return super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
 
 
 class Asha(_Asks, AsyncHyperBandScheduler):
@@ -207,6 +235,12 @@ class Asha(_Asks, AsyncHyperBandScheduler):
 
 class Median(_Asks, MedianStoppingRule):
     """Worse than the median of the others so far."""
+
+    def hear(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        """Also of a trial that it would have stopped before, which Ray's rule does not expect."""
+        decision = super().hear(tune_controller, trial, result)
+        self._stopped_trials.discard(trial)
+        return decision
 
 
 @dataclass(frozen=True)
@@ -235,6 +269,8 @@ def stop_rule(
     else:
         # Never pauses a trial, which would lose what it has not saved.
         rule = Median(min_samples_required=_ENOUGH_FOR_A_MEDIAN, min_time_slice=most + 1, **common)
+    records = {name: folder.read(name) or {} for name in jobs}
+    rule.spared = {name for name, record in records.items() if record.get("baseline")}
     rule.asked, rule.rule, rule.folder = set(), settings.scheduler, folder
     _recall(rule, folder, jobs)
     return rule
@@ -253,7 +289,7 @@ def _recall(rule: Any, folder: SweepFolder, jobs: Mapping[str, Job]) -> None:
         rule.on_trial_add(_NoController(), trial)
         for line in lines:
             if (point := result_of(line, per_step)) is not None:
-                rule.recall(trial, point)
+                rule.hear(_NoController(), trial, point)
 
 
 class _NoController:

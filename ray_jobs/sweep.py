@@ -3,8 +3,8 @@ for, and write a report.
 
 Every trial is a run as `ray_jobs.train` makes it, in its own folder below the sweep's. The same
 command continues a sweep that was interrupted: what is done stays, what ran goes on from its
-checkpoints, what failed is tried again as often as sweep.retries says. Exit code 1 if any trial
-failed; the report says why.
+checkpoints, what failed is tried again, then as often as sweep.retries says. Exit code 1 if any
+trial failed; the report says why.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +36,20 @@ from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.search import grown
 from modular_lm.sweep.trials import Plan, Trial, plan_sweep
-from modular_lm.tracking.mlflow_sweep import PARENT_TAG, MlflowSweep
+from modular_lm.tracking.mlflow_sweep import MlflowSweep
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.driver import stop_on_signals
 from modular_lm.train.run import open_run, resolve_config
 
 if TYPE_CHECKING:
     from ray_jobs._trial import Job, Mirror
+    from ray_jobs._tune import Recorder
 
 log = logging.getLogger(__name__)
 
 USAGE = "python -m ray_jobs.sweep config=configs/ablation_debug.yaml key=value ..."
+# Apart from the last: one takes seconds of many trials, in which no stop is passed on.
+_REPORT_EVERY_S = 60
 _MLFLOW_STATUS = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED", EXIT_STOPPED: "KILLED"}
 
 
@@ -77,15 +81,17 @@ class Sweep:
         self.folder = SweepFolder(plan.folder)
         # Its stop request lies where a run's would.
         self.requests = RunFolder(plan.folder)
-        self._reported = 0
+        self._reported, self._next_report = 0, 0.0
+        # Each command has the retries anew: what it was that failed, the user may have mended.
+        self._failures_before = {r["name"]: r["failures"] for r in self.folder.trials()}
         self._hopeless: set[str] = set()
+        self._interrupted: set[str] = set()
         m = from_dict(TrainConfig, plan.base).logging.mlflow
         self._mlflow = (
             MlflowSweep(plan.folder, m.tracking_uri, m.experiment, config.name)
             if m.enabled
             else None
         )
-        self._parent: str | None = None
 
     def grow(self) -> bool:
         """Have the folder hold the trials of the plan; of a search, with those that can be
@@ -98,29 +104,31 @@ class Sweep:
         return self.plan.unsuggested < before.unsuggested
 
     def is_unfinished(self) -> bool:
-        """Whether trials are due, or will be."""
-        return bool(self.due()) or self.plan.unsuggested > 0
+        """Whether this command, or the next one, has something left to do."""
+        return any(map(self._is_left, self.plan.trials)) or self.plan.unsuggested > 0
 
     def due(self) -> list[Trial]:
-        """The trials that are to run now or once more."""
-        return [trial for trial in self.plan.trials if self._is_due(trial)]
+        """The trials that this command is to run now or once more."""
+        left = [trial for trial in self.plan.trials if self._is_left(trial)]
+        return [trial for trial in left if trial.name not in self._interrupted]
 
-    def _is_due(self, trial: Trial) -> bool:
+    def _is_left(self, trial: Trial) -> bool:
         record = self.folder.read(trial.name)
         if record is None or trial.arm.config is None or trial.name in self._hopeless:
             return False
         if record["status"] == "failed":
-            return record["failures"] <= self.plan.settings.retries
+            failures = record["failures"] - self._failures_before.get(trial.name, 0)
+            return failures <= self.plan.settings.retries
         return record["status"] in ("pending", "running")
 
     def _has_ended(self, trial: Trial) -> bool:
-        return self.folder.read(trial.name) is not None and not self._is_due(trial)
+        return self.folder.read(trial.name) is not None and not self._is_left(trial)
 
     def begin(self) -> None:
         """Make the sweep known to MLflow."""
         if self._mlflow is not None:
             settings = {k: v for k, v in flatten(vars(self.plan.settings)).items() if v is not None}
-            self._parent = self._mlflow.begin({f"sweep.{k}": v for k, v in settings.items()})
+            self._mlflow.begin({f"sweep.{k}": v for k, v in settings.items()})
 
     def jobs(self) -> dict[str, Job]:
         """What to hand to Tune for the trials that are due, of a search with those that follow
@@ -156,30 +164,32 @@ class Sweep:
             return None
         tags = {f"sweep.{key}": str(value) for key, value in trial.arm.values.items()}
         tags |= {"sweep": self.name, "sweep.arm": trial.arm.name, "sweep.seed": str(trial.seed)}
-        if self._parent is not None:
-            tags[PARENT_TAG] = self._parent
+        tags |= self._mlflow.tags_of_trials()
         return Mirror(self._mlflow.tracking_uri, self._mlflow.experiment, tags)
 
     def attend(self, ended: list[str], running: set[str]) -> None:
-        """Pass a stop on to the trials that run; report anew when one has ended."""
+        """Pass a stop on to the trials that run; when some have ended report, but not too often."""
         if asked := self.requests.stop_requested():
             for name in sorted(running):
                 run = self.folder.run(name)
                 if run.stop_requested() is None:
                     run.request_stop(asked)
-        elif len(ended) > self._reported:
+        elif len(ended) > self._reported and time.monotonic() >= self._next_report:
             self._reported = len(ended)
             self._report()
+            self._next_report = time.monotonic() + _REPORT_EVERY_S
 
-    def settle(self, names: list[str], hopeless: set[str]) -> None:
-        """After a round: no trial of it is left without an end."""
-        self._hopeless |= hopeless
+    def settle(self, names: list[str], recorder: Recorder) -> None:
+        """After a round: no trial of it is left without an end, but those that were interrupted."""
+        self._hopeless |= recorder.hopeless
+        self._interrupted |= recorder.interrupted
         self._reported = 0
         if self.requests.stop_requested():
             return
         for name in names:
             record = self.folder.read(name)
-            if record and record["status"] in ("pending", "running"):
+            has_no_end = record is not None and record["status"] in ("pending", "running")
+            if has_no_end and name not in self._interrupted:
                 self.folder.update(name, "failed", "Ray Tune ended without a result of it")
 
     def finish(self) -> int:
@@ -189,7 +199,7 @@ class Sweep:
         failed = [name for name, each in status.items() if each == "failed"]
         asked = self.requests.stop_requested()
         code = EXIT_FAILED if failed else EXIT_DONE
-        if asked and self.is_unfinished():
+        if self.is_unfinished():
             code = EXIT_STOPPED
         summary = self._report()
         if self._mlflow is not None:
@@ -202,8 +212,12 @@ class Sweep:
         for name in failed:
             record = self.folder.read(name)
             print(f"  failed: {name}: {record and record['why']}")
+        for name in sorted(self._interrupted if not asked else ()):
+            record = self.folder.read(name)
+            print(f"  {name}: {record and record['why']}")
         if code == EXIT_STOPPED:
-            print(f"stopped ({asked}); the same command continues")
+            why = asked or "trials were interrupted"
+            print(f"stopped ({why}); the same command continues")
         print(f"  report       {self.folder.report('html')}")
         self.requests.clear_stop()
         return code
@@ -214,8 +228,10 @@ class Sweep:
 
         try:
             return headline(write_report(self.folder))
-        except UserFacingError as error:
-            log.warning("no report: %s", reason(error))
+        # Whatever it is: trials that run must not be left alone for it.
+        except Exception as error:
+            kind = "" if isinstance(error, UserFacingError) else f"{type(error).__name__}: "
+            log.warning("no report: %s%s", kind, reason(error))
             return None
 
 
@@ -229,28 +245,24 @@ def _run(sweep: Sweep) -> None:
     configs = [trial.arm.config for trial in trials if trial.arm.config]
     largest = max((c.ray for c in configs), key=cpus_of)
     cpus = cpus_of(largest)
-    # Of a Ray that is started here: as many as this machine has cores for.
+    # Of a Ray that is started here, whose logical CPUs are more than this machine has: as many as
+    # it has cores for.
     here = min(settings.max_concurrent or max(1, (os.cpu_count() or 1) // cpus), len(configs))
+    at_most = (settings.max_concurrent or len(configs)) if os.environ.get("RAY_ADDRESS") else here
     with stop_on_signals(sweep.requests), ray_session(num_cpus=here * cpus + SPARE_CPUS):
-        from ray_jobs._cluster import room_for, use_gpu
+        from ray_jobs._cluster import use_gpu
+        from ray_jobs._room import Room
         from ray_jobs._tune import run_round
 
+        use_gpu(largest)  # GPUs that are missing are a mistake of the sweep, not of its trials
         sweep.begin()
         while not sweep.requests.stop_requested() and (jobs := sweep.jobs()):
-            # One at least: it waits until there is room for it.
-            room = max(1, room_for(largest, use_gpu(largest)) // world_sizes(largest)[1])
-            cap = settings.max_concurrent or room
-            # Logical CPUs of a Ray of our own are more than this machine has.
-            at_once = min(room, cap if os.environ.get("RAY_ADDRESS") else here, len(jobs))
-            log.info("%d trials, %d at a time", len(jobs), at_once)
+            log.info("%d trials, at most %d at a time", len(jobs), min(at_most, len(jobs)))
+            room = Room(jobs, at_most, settings.max_concurrent)
             recorder = run_round(
-                sweep.folder,
-                settings,
-                jobs,
-                at_once,
-                lambda r: sweep.attend(r.ended, r.running),
+                sweep.folder, settings, jobs, room, lambda r: sweep.attend(r.ended, r.running)
             )
-            sweep.settle(list(jobs), recorder.hopeless)
+            sweep.settle(list(jobs), recorder)
 
 
 def cpus_of(config: RayConfig) -> int:

@@ -108,7 +108,7 @@ class SweepSettings:
     max_concurrent: int | None = key(
         None, "trials at a time; default: as many as the cluster has room for", ge=1
     )
-    retries: int = key(1, "times that a failed trial is tried again", ge=0)
+    retries: int = key(1, "times that a command tries a failed trial again", ge=0)
 
 
 @dataclass

@@ -59,6 +59,18 @@ _ANYWHERE = (
     *("data.batch_size", "grad_acc_steps"),
 )
 _STEP = "tokens per step (data.batch_size, grad_acc_steps, ray.num_workers)"
+# What else is read of every trial, of one that was trained, and of the definition.
+_READ = ("amount", "baseline")
+_READ_OF_TRAINED = ("tokens_per_step", "flops_per_token")
+_READ_OF_DEFINITION = (
+    "budget",
+    "amount",
+    "seeds",
+    "baseline",
+    "searcher",
+    "scheduler",
+    "iso_parameters",
+)
 
 
 class SweepFolder:
@@ -128,9 +140,10 @@ class SweepFolder:
             return None
         except ValueError as error:
             raise DataError(f"{file}: expected JSON: {error}; remove the trial's folder") from error
-        missing = [key for key in (*_DESCRIPTION, *_STATE) if key not in record]
-        if missing or record["status"] not in STATUSES:
-            raise DataError(f"{file}: expected a trial's state, and {missing or 'status'} is not")
+        if (wrong := _missing(record)) is not None:
+            raise DataError(
+                f"{file}: expected a trial's state, and {wrong} is not; remove the trial's folder"
+            )
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -159,8 +172,17 @@ class SweepFolder:
             ) from None
         except yaml.YAMLError as error:
             raise DataError(f"{self.definition}: not a readable YAML file: {error}") from error
-        if not isinstance(definition, dict):
-            raise DataError(f"{self.definition}: expected a mapping of keys")
+        if not isinstance(definition, dict) or not isinstance(definition.get("sweep"), dict):
+            raise DataError(f"{self.definition}: expected the keys of a sweep, and a group `sweep`")
+        wanted = [
+            ("name", definition),
+            *((key, definition["sweep"]) for key in _READ_OF_DEFINITION),
+        ]
+        if missing := [key for key, values in wanted if key not in values]:
+            raise DataError(
+                f"{self.definition}: lacks {', '.join(missing)}; start the sweep again, which "
+                "writes it anew"
+            )
         return definition
 
 
@@ -196,6 +218,18 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
         "attempts": 0,
         "failures": 0,
     }
+
+
+def _missing(record: Any) -> str | None:
+    """What a `trial.json` lacks, None if nothing."""
+    if not isinstance(record, dict):
+        return "a mapping"
+    needed = [*_DESCRIPTION, *_STATE, *_READ]
+    if record.get("status") in ("done", "stopped"):
+        needed += _READ_OF_TRAINED
+    if missing := [key for key in needed if key not in record]:
+        return ", ".join(missing)
+    return None if record["status"] in STATUSES else "its status"
 
 
 def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from modular_lm.files import full_disk_named, write_text_atomic
+from modular_lm.files import write_text_atomic, writing
 from modular_lm.sweep import tables
 from modular_lm.sweep.figures import draw_all
 from modular_lm.sweep.folder import SweepFolder
@@ -21,22 +21,24 @@ from modular_lm.sweep.summary import summarise
 def write_report(folder: SweepFolder) -> dict[str, Any]:
     """Write all files of the report; returns its summary.
 
-    Raises DataError where no sweep is, RunFailedError on a full disk.
+    Raises DataError where no sweep is, RunFailedError where the files cannot be written.
     """
     summary = summarise(folder)
     pictures = {name: (title, svg(f, name)) for name, (title, f) in draw_all(summary).items()}
-    with full_disk_named(folder.pictures):
-        folder.pictures.mkdir(exist_ok=True)
-    for name, (_, picture) in pictures.items():
-        write_text_atomic(folder.pictures / f"{name}.svg", picture)
-    # What an earlier report drew and this one does not.
-    for file in folder.pictures.glob("*.svg"):
-        if file.stem not in pictures:
-            file.unlink()
-    write_text_atomic(folder.report("json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
     titles = {name: title for name, (title, _) in pictures.items()}
-    write_text_atomic(folder.report("md"), markdown(summary, titles))
-    write_text_atomic(folder.report("html"), page(summary, pictures))
+    data = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    texts = {"json": data, "md": markdown(summary, titles), "html": page(summary, pictures)}
+    with writing(folder.pictures):
+        folder.pictures.mkdir(exist_ok=True)
+        for name, (_, picture) in pictures.items():
+            write_text_atomic(folder.pictures / f"{name}.svg", picture)
+        # What an earlier report drew and this one does not; another process may report, too.
+        for file in folder.pictures.glob("*.svg"):
+            if file.stem not in pictures:
+                file.unlink(missing_ok=True)
+    with writing(folder.path):
+        for kind in ("json", "md", "html"):
+            write_text_atomic(folder.report(kind), texts[kind])
     return summary
 
 

@@ -77,6 +77,7 @@ class MlflowRun:
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
         self._mark = run.data.metrics.get(MARK, -1)
         self._params = set(run.data.params)
         self._metrics = set(run.data.metrics)

@@ -186,6 +186,34 @@ def test_a_stop_saves_and_the_same_command_continues(
     assert_same_results(folder, whole)
 
 
+def test_a_trial_whose_process_is_killed_is_tried_again(
+    jobs: Jobs, tmp_path: Path, ray_session_joined: None
+) -> None:
+    import ray
+
+    folder = SweepFolder(tmp_path / "robbed")
+    only = "sweep.arms={dense: {model.module_seq_len: null}, drop: {optim.lr: 1.0e-3}}"
+    job = jobs.start(
+        "ray_jobs.sweep", *SMALL, "sweep.max_concurrent=1", only, f"dump_dir={folder.path}"
+    )
+    run = folder.run("dense__seed-0")
+    wait_until(lambda: run.last_event("checkpoint") or job.poll() is not None, "a checkpoint")
+    holder = (run.ray / "driver.lock").read_text()
+    os.kill(int(holder.split()[1]), signal.SIGKILL)
+    output = finish(job)
+    assert "dense__seed-0: failed (its process ended: Worker unexpectedly exits" in output
+    assert not any(line.startswith("Traceback") for line in output.splitlines())
+    assert "Failed to fetch metrics" not in output
+    assert set(standing(folder).values()) == {"done"}
+    record = folder.read("dense__seed-0")
+    assert record is not None
+    assert (record["attempts"], record["failures"]) == (2, 1)
+    ends = [event["outcome"] for event in run.events() if event["event"] == "attempt_end"]
+    assert ends == ["lost", "done"]
+    total = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == total, "all CPUs", 60)
+
+
 @pytest.mark.chaos
 def test_halving_stops_a_bad_trial_and_says_so(jobs: Jobs, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "halved")

@@ -12,7 +12,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from modular_lm.config.sweep import SweepSettings
 from modular_lm.sweep.folder import SweepFolder
-from ray_jobs._tune import InOrder, stop_rule
+from ray_jobs._tune import InOrder, Recorder, stop_rule
 from tests.sweep.made_sweep import begun, finish
 
 GRID = "sweep.params={model.module_agg: {grid: [drop, sum, avg, stack]}}"
@@ -67,6 +67,52 @@ def test_a_bad_trial_is_asked_to_stop_after_the_grace_and_only_once(
     assert folder.run(bad).stop_requested() is None
 
 
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_what_a_trial_returns_is_no_point_of_its_curve(tmp_path: Path, kind: str) -> None:
+    folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0]")
+    *good, bad = [trial.name for trial in plan.trials]
+    rule, trials = rule_and_trials(folder, kind, [*good, bad])
+    for number, name in enumerate(good):
+        for step in (20, 40, 60, 80):
+            point = result(step, 3.0 - step / 100 + number / 1000)
+            rule.on_trial_result(Controller(), trials[name], point)
+        rule.on_trial_complete(Controller(), trials[name], {"outcome": "done", "why": None})
+    for step in (20, 40, 60):
+        rule.on_trial_result(Controller(), trials[bad], result(step, 9.0))
+    asked = folder.run(bad).stop_requested()
+    assert asked == f"sweep.scheduler={kind}: loss 9.0000 at step 60"
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_the_baseline_counts_and_is_never_stopped(tmp_path: Path, kind: str) -> None:
+    folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0]")
+    first, *others = [trial.name for trial in plan.trials]
+    assert [r["name"] for r in folder.trials() if r["baseline"]] == [first]
+    rule, trials = rule_and_trials(folder, kind, [first, *others])
+    for step in (20, 40, 60, 80):
+        for number, name in enumerate([*others, first]):
+            loss = 9.0 if name == first else 3.0 - step / 100 - number / 1000
+            rule.on_trial_result(Controller(), trials[name], result(step, loss))
+    assert folder.run(first).stop_requested() is None
+    known = rule._results[trials[first]] if kind == "median" else rule._brackets[0]._rungs[-1][1]
+    assert len(known) == 4
+
+
+def test_the_median_takes_all_points_of_an_earlier_trial_that_was_bad(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0,1]")
+    # By arm, then by seed: three good ones stand before those that are bad from the first point on.
+    order = sorted(plan.trials, key=lambda trial: (plan.arms.index(trial.arm), trial.seed))
+    *earlier, last = order
+    for number, trial in enumerate(earlier):
+        finish(folder, trial, 3.0 if number < 4 else 9.0)
+    assert last.arm.cost is not None
+    rate = {"tokens": last.arm.cost.tokens_per_step, "flops": last.arm.cost.flops_per_step}
+    job: Any = SimpleNamespace(run=SimpleNamespace(stop_step=last.arm.steps), per_step=rate)
+    rule: Any = stop_rule(SweepSettings(scheduler="median"), folder, {last.name: job})
+    assert {len(points) for points in rule._results.values()} == {10}
+    assert len(rule._results) == len(earlier)
+
+
 def test_trials_of_an_earlier_command_count(tmp_path: Path) -> None:
     folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0]")
     *earlier, last = plan.trials
@@ -92,10 +138,89 @@ def test_no_rule_is_first_come_first_served(tmp_path: Path) -> None:
 
 def test_trials_come_in_order_until_a_stop() -> None:
     asked: list[str] = []
-    order = InOrder(["a", "b", "c"], lambda: asked[0] if asked else None)
+    room: Any = Places(2)
+    order = InOrder(["a", "b", "c", "d"], lambda: asked[0] if asked else None, room)
     assert [order.suggest("x"), order.suggest("y")] == [{"trial": "a"}, {"trial": "b"}]
+    assert order.suggest("z") is None
+    order.on_trial_complete("x", error=True)
+    assert order.suggest("z") == {"trial": "c"}
     asked.append("SIGTERM")
-    assert order.suggest("z") == order.FINISHED
+    assert order.suggest("v") == order.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("why", "status"),
+    [
+        ("sweep.scheduler=asha: loss 9.0000 at step 60", "stopped"),
+        ("10.0.0.8 will be taken away; ray.max_preemptions=2 is used up", "pending"),
+        ("found /runs/a/ray/stop", "pending"),
+        ("SIGTERM", "pending"),
+        (None, "pending"),
+    ],
+)
+def test_only_a_rule_ends_a_trial_early_whatever_else_stops_it_has_interrupted_it(
+    tmp_path: Path, why: str | None, status: str
+) -> None:
+    folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0]")
+    name, recorder = plan.trials[1].name, Recorder(folder, 1)
+    trial = SimpleNamespace(config={"trial": name}, last_result={"outcome": "stopped", "why": why})
+    recorder.on_trial_start(0, [], trial)
+    recorder.on_trial_complete(0, [], trial)
+    record = folder.read(name)
+    assert record is not None
+    assert (record["status"], record["failures"]) == (status, 0)
+    assert str(why) in record["why"]
+    assert recorder.interrupted == ({name} if status == "pending" else set())
+    assert (recorder.ended, recorder.running) == ([name], set())
+
+
+DEAD = """Failure # 1 (occurred at 2026-01-01_00-00-00)
+The actor died unexpectedly before finishing this task.
+\tclass_name: ImplicitFunc
+\tip: 127.0.0.1
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit \
+detail: Worker unexpectedly exits with a connection error code 2. End of file. There are some \
+potential root causes. (1) The process is killed by SIGKILL by OOM killer due to high memory usage.
+"""
+
+
+def test_the_reason_of_a_dead_process_is_what_ray_says_of_it(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0]")
+    name, recorder, file = plan.trials[1].name, Recorder(folder, 1), tmp_path / "error.txt"
+
+    def reason_of(trial_file: Path | None) -> str:
+        given = None if trial_file is None else str(trial_file)
+        trial = SimpleNamespace(config={"trial": name}, error_file=given)
+        recorder.on_trial_error(0, [], trial)
+        record = folder.read(name)
+        assert record is not None
+        assert record["status"] == "failed"
+        return record["why"]
+
+    file.write_text(DEAD)
+    assert reason_of(file) == (
+        "its process ended: Worker unexpectedly exits with a connection error code 2. End of file."
+    )
+    file.write_text("Failure # 1\nray.exceptions.OutOfMemoryError: a node ran low\n")
+    assert reason_of(file) == "its process ended: ray.exceptions.OutOfMemoryError: a node ran low"
+    assert reason_of(None) == "its process ended: Ray says nothing of it"
+    assert "No such file" in reason_of(tmp_path / "none")
+
+
+class Places:
+    """Room for so many trials."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def admits(self, name: str) -> bool:
+        if self.free == 0:
+            return False
+        self.free -= 1
+        return True
+
+    def leave(self, name: str) -> None:
+        self.free += 1
 
 
 class Controller:

@@ -14,7 +14,7 @@ from modular_lm.errors import ConfigError, DataError
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.summary import summarise
 from modular_lm.sweep.trials import plan_sweep
-from tests.sweep.made_sweep import DEBUG, begun, finish_all, planned
+from tests.sweep.made_sweep import DEBUG, begun, finish, finish_all, planned
 
 ARMS = "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}}"
 MORE = ARMS[:-1] + ", sum: {model.module_agg: sum}}"
@@ -140,6 +140,31 @@ def test_folders_that_hold_no_sweep_or_a_damaged_one(tmp_path: Path) -> None:
     folder.trial_file("avg__seed-0").write_text("{")
     with pytest.raises(DataError, match=r"avg__seed-0/trial.json: expected JSON"):
         folder.trials()
+    folder.trial_file("avg__seed-0").write_text("[]")
+    with pytest.raises(DataError, match=r"expected a trial's state, and a mapping is not"):
+        folder.trials()
     folder.trial_file("avg__seed-0").write_text('{"name": "x"}')
     with pytest.raises(DataError, match=r"avg__seed-0/trial.json: expected a trial's state"):
         folder.trials()
+
+
+def test_all_that_a_report_reads_is_asked_for(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0]")
+    finish(folder, plan.trials[0], 3.0)
+    whole = folder.trial_file("dense__seed-0").read_text()
+    for key in ("baseline", "amount", "tokens_per_step"):
+        record = json.loads(whole)
+        del record[key]
+        folder.trial_file("dense__seed-0").write_text(json.dumps(record))
+        with pytest.raises(DataError, match=rf"expected a trial's state, and {key} is not"):
+            folder.trials()
+    folder.trial_file("dense__seed-0").write_text(whole)
+    definition = folder.definition.read_text()
+    for text, expected in {
+        "name: x\n": "expected the keys of a sweep, and a group `sweep`",
+        "name: x\nsweep: {seeds: [0]}\n": "lacks budget, amount, baseline, searcher",
+        definition.replace("name: made\n", ""): "lacks name;",
+    }.items():
+        folder.definition.write_text(text)
+        with pytest.raises(DataError, match=expected):
+            folder.read_definition()

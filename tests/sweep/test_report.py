@@ -292,6 +292,11 @@ def test_the_command(made: tuple[SweepFolder, Plan], tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "12 of 15 trials are done" in done.stdout
     assert str(made[0].report("html")) in done.stdout
+    occupied, _ = begun(tmp_path / "occupied", ARMS)
+    occupied.pictures.write_text("")
+    blocked = report(f"dir={occupied.path}")
+    assert (blocked.returncode, blocked.stderr.count("\n")) == (1, 1)
+    assert "pictures: cannot be written" in blocked.stderr
     for args, message in (
         ((), "error: dir=: expected the folder of a sweep\n"),
         ((f"dir={tmp_path}",), "with sweep.yaml in it\n"),
