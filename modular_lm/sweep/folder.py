@@ -5,6 +5,7 @@
         trial.json            what the trial is, and how it stands (below)
     report.html report.md     written by `report`, again and again
     report.json pictures/     the same as data, and the report's pictures
+    events.jsonl ray/         signals that asked it to stop; Ray Tune's files, lock, stop request
 
 `trial.json` holds
 
