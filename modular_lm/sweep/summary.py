@@ -22,7 +22,7 @@ Only trials that are done count. `report.json`:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -65,7 +65,7 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
     settings = definition["sweep"]
     baseline = next((each.arm for each in results if each.record["baseline"]), None)
     arms = [_arm(name, trials, by_arm.get(baseline or "", [])) for name, trials in by_arm.items()]
-    _adjust(arms)
+    _adjust(arms, _to_come(results, settings))
     _mark_pareto(arms)
     spent = [arm["flops"] for arm in arms if arm["done"] and arm["flops"]]
     return {
@@ -168,13 +168,30 @@ def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dic
 # ------------------------------------------------------------------ all arms
 
 
-def _adjust(arms: Sequence[dict[str, Any]]) -> None:
-    """Fill in p_holm, over all comparisons that have a p-value."""
-    tested = [arm["difference"] for arm in arms if arm["difference"]]
-    tested = [difference for difference in tested if difference["p"] is not None]
-    adjusted = holm([difference["p"] for difference in tested])
-    for difference, p in zip(tested, adjusted, strict=True):
-        difference["p_holm"] = p
+def _adjust(arms: Sequence[dict[str, Any]], to_come: int) -> None:
+    """Fill in p_holm. The family is what was planned, whatever of it has a p-value by now.
+
+    Else a variant would be judged the more lightly the fewer others have ended, or the more of them
+    failed. Those that no run can take are known before there is any result, and are not in it.
+    to_come: variants that a search will yet suggest.
+    """
+    planned = [arm["difference"] for arm in arms if not arm["baseline"] and arm["steps"]]
+    p_values = [difference["p"] if difference else None for difference in planned]
+    adjusted = holm([1.0 if p is None else p for p in p_values] + [1.0] * to_come)
+    for difference, p, p_holm in zip(planned, p_values, adjusted, strict=False):
+        if p is not None:
+            difference["p_holm"] = p_holm
+
+
+def _to_come(results: Sequence[TrialResult], settings: Mapping[str, Any]) -> int:
+    """How many suggestions of a search, at the most, are still to be made.
+
+    Each of its studies has begun with draws, so all are known.
+    """
+    if settings["searcher"] != "optuna":
+        return 0
+    made = {(s["study"], s["number"]) for each in results for s in each.record["suggestions"]}
+    return max(0, len({study for study, _ in made}) * settings["num_samples"] - len(made))
 
 
 def _mark_pareto(arms: Sequence[dict[str, Any]]) -> None:

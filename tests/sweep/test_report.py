@@ -18,6 +18,7 @@ from scipy import stats
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.report import write_report
 from modular_lm.sweep.style import COLOURS
+from modular_lm.sweep.summary import summarise
 from modular_lm.sweep.trials import Plan
 from tests.support import REPO
 from tests.sweep.made_sweep import DOCUMENTS, begun, document_scores, finish, finish_all, write_run
@@ -253,6 +254,38 @@ def test_a_sweep_that_has_just_begun(tmp_path: Path) -> None:
     assert all(each["nll"] is None for each in summary["arms"])
     assert list(folder.pictures.iterdir()) == []
     assert "No trial is done yet." in folder.report("html").read_text()
+
+
+def test_p_values_are_corrected_for_all_variants_that_were_planned(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS)
+    for trial in plan.trials:
+        if trial.arm.name in ("dense", "window"):
+            finish(folder, trial, LOSSES[trial.arm.name][trial.seed])
+    folder.update("avg__seed-0", "failed", "rank 1: out of memory")  # stack has not begun
+    found = arm(summarise(folder), "window")["difference"]
+    p = stats.ttest_rel(LOSSES["window"], LOSSES["dense"]).pvalue
+    assert found["p"] == pytest.approx(p)
+    assert found["p_holm"] == pytest.approx(3 * p)  # odd cannot be trained: it was never planned
+
+
+def test_p_values_are_corrected_for_what_a_search_will_suggest(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    folder, plan = begun(
+        tmp_path / "s",
+        "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}}",
+        "sweep.params={optim.lr: {loguniform: [1.0e-4, 1.0e-2], "
+        "when: {model.module_seq_len: [128]}}}",
+        "sweep.searcher=optuna",
+        "sweep.num_samples=8",
+    )
+    assert plan.unsuggested == 4
+    first = next(each.name for each in plan.arms if each.name != "dense")
+    for trial in plan.trials:
+        if trial.arm.name in ("dense", first):
+            losses = LOSSES["dense" if trial.arm.name == "dense" else "window"]
+            finish(folder, trial, losses[trial.seed])
+    found = arm(summarise(folder), first)["difference"]
+    assert found["p_holm"] == pytest.approx(min(1.0, 8 * found["p"]))
 
 
 def test_few_validations_are_no_curve_so_the_training_loss_is_drawn(tmp_path: Path) -> None:
