@@ -34,7 +34,15 @@ COLOURS: dict[str, tuple[str, str]] = {
 INK, MUTED, GRID, PAPER, OTHER = (COLOURS[n][0] for n in ("ink", "muted", "grid", "paper", "other"))
 _SERIES = [light for name, (light, _) in COLOURS.items() if re.fullmatch(r"s\d", name)]
 _MARKERS = ("s", "^", "D", "v", "P", "X", "o")
-_DASHES = ((0, (5, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+DASHES = (
+    (0, (5, 1.5)),
+    (0, (1, 1)),
+    (0, (4, 1.5, 1, 1.5)),
+    (0, (9, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (2, 2.5)),
+    (0, (7, 1.5, 2, 1.5)),
+)
 
 _RC: dict[Any, Any] = {
     "font.size": 9,
@@ -79,7 +87,7 @@ def shown(arms: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     room = 1 + len(_SERIES)
     measured = [arm for arm in arms if arm["nll"]]
-    ranked = sorted(measured, key=lambda arm: arm["nll"]["mean"])
+    ranked = sorted(measured, key=lambda arm: arm["rank"])
     whole = [arm for arm in ranked if arm["model"] and arm["model"]["module_seq_len"] is None]
     first = [arm for arm in ranked if arm["baseline"]]
     chosen: list[str] = []
@@ -90,20 +98,23 @@ def shown(arms: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def styles_of(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes of each arm that has its own style."""
+    """Colour, marker and dashes of each arm that has its own style, hollow where seeds are missing.
+
+    These are arguments of matplotlib's `plot`.
+    """
     names = shown(arms)
-    baseline = {arm["name"] for arm in arms if arm["baseline"]}
-    found, number = {}, 0
-    for name in names:
-        if name in baseline:
-            found[name] = {"color": INK, "marker": "o", "linestyle": "-"}
-            continue
-        found[name] = {
-            "color": _SERIES[number % len(_SERIES)],
-            "marker": _MARKERS[number % len(_MARKERS)],
-            "linestyle": _DASHES[number % len(_DASHES)],
-        }
-        number += 1
+    own = iter(zip(_SERIES, _MARKERS, DASHES, strict=True))
+    found = {}
+    for arm in arms:
+        if arm["name"] in names:
+            color, marker, dashes = (INK, "o", "-") if arm["baseline"] else next(own)
+            filled = color if arm["done"] == arm["trials"] else PAPER
+            found[arm["name"]] = {
+                "color": color,
+                "marker": marker,
+                "linestyle": dashes,
+                "markerfacecolor": filled,
+            }
     return found
 
 

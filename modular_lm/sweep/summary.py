@@ -1,6 +1,8 @@
 """A sweep as one table of arms and their curves: plain data, which `report.json` holds.
 
-Only trials that are done count. `report.json`:
+Only trials that are done count, and a variant is compared as a whole or not at all: no p-value
+while it or the baseline lacks a seed, for the seeds that are left may favour it (those of the
+others may have diverged). `report.json`:
 
     format, name, created_at, budget, amount, seeds, baseline, searcher, scheduler, iso_parameters,
     confidence
@@ -8,11 +10,14 @@ Only trials that are done count. `report.json`:
     arms             in the definition's order, each with
         name, values, baseline, trials, done, steps, tokens, flops, model
         nll, bpb         {mean, low, high, n, by_seed}: validation, nats per token, bits per byte
+        rank             1 for the best of those with a loss; those that lack seeds come later
         difference       {mean, low, high, n, p, p_holm}: nll less the baseline's, by seed
+        untested         why there is no p, of all but the baseline
         documents        seed -> {mean, low, high, n}: the same within a seed, over documents
         tokens_per_second, memory_mib, memory_kind
         flops_per_token, parameters, ffn_dim, cache_bytes_per_token
-        pareto           whether no other arm has both a lower loss and a smaller cache
+        pareto           whether no other arm has both a lower loss and a smaller cache; of arms
+                         with all their seeds
     excluded         {trial, arm, seed, status, why} of all others
     curves           {what, arms: name -> {step, tokens, flops, seconds, mean, low, high}}
 
@@ -22,6 +27,7 @@ Only trials that are done count. `report.json`:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +38,7 @@ from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.results import Lines, TrialResult, read_results
 from modular_lm.sweep.statistics import (
     CONFIDENCE,
+    FEWEST_FOR_P,
     Interval,
     bootstrap_difference,
     holm,
@@ -65,6 +72,7 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
     settings = definition["sweep"]
     baseline = next((each.arm for each in results if each.record["baseline"]), None)
     arms = [_arm(name, trials, by_arm.get(baseline or "", [])) for name, trials in by_arm.items()]
+    _rank(arms)
     _adjust(arms, _to_come(results, settings))
     _mark_pareto(arms)
     spent = [arm["flops"] for arm in arms if arm["done"] and arm["flops"]]
@@ -103,6 +111,7 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
 def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
     done = [each for each in trials if each.nll is not None]
     record = trials[0].record
+    difference, untested = (None, None) if record["baseline"] else _compared(trials, baseline)
     steps, per_step = record["steps"], record.get("tokens_per_step")
     tokens = steps * per_step if steps and per_step else None
     speeds = [each.tokens_per_second for each in done if each.tokens_per_second]
@@ -120,7 +129,8 @@ def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> d
         "model": {key: model.get(key) for key in _MODEL} if model else {},
         "nll": _over_seeds({each.seed: each.nll for each in done}),
         "bpb": _over_seeds({each.seed: each.bpb for each in done}),
-        "difference": None if record["baseline"] else _difference(done, baseline),
+        "difference": difference,
+        "untested": untested,
         "documents": {} if record["baseline"] else _over_documents(done, baseline),
         "tokens_per_second": float(np.mean(speeds)) if speeds else None,
         "memory_mib": max(memory, default=None),
@@ -137,15 +147,24 @@ def _over_seeds(by_seed: dict[int, float | None]) -> dict[str, Any] | None:
     return {**found, "by_seed": {str(seed): value for seed, value in known.items()}}
 
 
-def _difference(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any] | None:
+def _compared(
+    trials: list[TrialResult], baseline: list[TrialResult]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The difference to the baseline over the seeds that both have, and why it has no p-value."""
     mine, theirs = (
-        {each.seed: each.nll for each in trials if each.nll is not None}
-        for trials in (done, baseline)
+        {each.seed: each.nll for each in arm if each.nll is not None} for arm in (trials, baseline)
     )
     found = paired(mine, theirs)
     if found is None:
-        return None
-    return {**dataclasses.asdict(found.difference), "p": found.p, "p_holm": None}
+        return None, "seeds missing"
+    difference = {**dataclasses.asdict(found.difference), "p": found.p, "p_holm": None}
+    wanted = {each.seed for each in (*trials, *baseline)}
+    if wanted != mine.keys() & theirs.keys():
+        return {**difference, "p": None}, "seeds missing"
+    if found.p is None:
+        few = found.difference.n < FEWEST_FOR_P
+        return difference, f"fewer than {FEWEST_FOR_P} seeds" if few else "no spread"
+    return difference, None
 
 
 def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
@@ -166,6 +185,22 @@ def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dic
 
 
 # ------------------------------------------------------------------ all arms
+
+
+def _rank(arms: Sequence[dict[str, Any]]) -> None:
+    """By the loss; arms that lack seeds after the others, by their difference within seeds."""
+
+    def place(arm: dict[str, Any]) -> tuple[float, ...]:
+        loss, difference = arm["nll"]["mean"], arm["difference"]
+        if arm["done"] == arm["trials"]:
+            return 0, loss
+        if arm["baseline"]:
+            return 1, 0.0, loss
+        return 1, difference["mean"] if difference else math.inf, loss
+
+    order = [arm["name"] for arm in sorted((a for a in arms if a["nll"]), key=place)]
+    for arm in arms:
+        arm["rank"] = order.index(arm["name"]) + 1 if arm["nll"] else None
 
 
 def _adjust(arms: Sequence[dict[str, Any]], to_come: int) -> None:
@@ -198,7 +233,7 @@ def _mark_pareto(arms: Sequence[dict[str, Any]]) -> None:
     points = {
         arm["name"]: (arm["nll"]["mean"], arm["cache_bytes_per_token"])
         for arm in arms
-        if arm["nll"] and arm["cache_bytes_per_token"] is not None
+        if arm["done"] == arm["trials"] and arm["cache_bytes_per_token"] is not None
     }
     for arm in arms:
         mine = points.get(arm["name"])

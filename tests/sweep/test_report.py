@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from scipy import stats
 
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.report import write_report
-from modular_lm.sweep.style import COLOURS
+from modular_lm.sweep.style import COLOURS, styles_of
 from modular_lm.sweep.summary import summarise
+from modular_lm.sweep.tables import headline, how_to_read, verdict
 from modular_lm.sweep.trials import Plan
 from tests.support import REPO
 from tests.sweep.made_sweep import DOCUMENTS, begun, document_scores, finish, finish_all, write_run
@@ -286,6 +288,43 @@ def test_p_values_are_corrected_for_what_a_search_will_suggest(tmp_path: Path) -
             finish(folder, trial, losses[trial.seed])
     found = arm(summarise(folder), first)["difference"]
     assert found["p_holm"] == pytest.approx(min(1.0, 8 * found["p"]))
+
+
+def test_a_variant_that_lost_seeds_has_no_verdict_and_no_first_place(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0,1,2,3,4]")
+    noise = [0.0, 0.003, -0.002, 0.001, 0.002]
+    offsets = {"dense": 0.0, "window": -0.01, "avg": -0.3, "stack": 0.1}
+    for trial in plan.trials:
+        if trial.arm.why is None:
+            loss = 1.5 + 0.02 * trial.seed + offsets[trial.arm.name]
+            loss += noise[trial.seed] * (trial.arm.name != "dense")
+            lost = trial.arm.name == "avg" and trial.seed >= 3  # the best, where it did not diverge
+            finish(folder, trial, math.nan if lost else loss)
+    summary = write_report(folder)
+    avg = arm(summary, "avg")
+    assert avg["difference"]["n"] == 3
+    assert avg["difference"]["p"] is avg["difference"]["p_holm"] is None
+    assert (avg["untested"], verdict(avg)) == ("seeds missing", "seeds missing")
+    assert not avg["pareto"]
+    ranks = {each["name"]: each["rank"] for each in summary["arms"]}
+    assert ranks == {"window": 1, "dense": 2, "stack": 3, "avg": 4, "odd": None}
+    assert verdict(arm(summary, "window")) == "better"
+    assert "20 of 25 trials are done (2 without a loss)" in headline(summary)
+    assert "2 diverged, 5 failed" in "".join(how_to_read(summary))
+    assert styles_of(summary["arms"])["avg"]["markerfacecolor"] == COLOURS["paper"][0]
+    assert "1.220*" in folder.pictures.joinpath("heat_map.svg").read_text()
+
+
+def test_no_verdicts_against_a_baseline_that_lost_a_seed(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0,1,2,3]")
+    for trial in plan.trials:
+        if trial.arm.why is None:
+            lost = trial.arm.name == "dense" and trial.seed == 0
+            finish(folder, trial, math.nan if lost else 1.5 + 0.01 * trial.seed**2)
+    summary = summarise(folder)
+    found = [arm(summary, name) for name in ("window", "avg", "stack")]
+    assert {each["untested"] for each in found} == {"seeds missing"}
+    assert {each["difference"]["n"] for each in found} == {3}
 
 
 def test_few_validations_are_no_curve_so_the_training_loss_is_drawn(tmp_path: Path) -> None:
