@@ -52,11 +52,15 @@ def draw_all(summary: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
 
 
 def curve_figure(summary: Mapping[str, Any], axis: str) -> Figure | None:
-    """Loss against `flops`, `tokens` or `seconds`: means over seeds, 95 % bands."""
+    """Loss against `flops`, `tokens` or `seconds`: means over seeds, 95 % bands.
+
+    No band where seeds are missing: of the two that are left, say, it would hide all others.
+    """
     curves, styles = summary["curves"], styles_of(summary["arms"])
     if not curves["arms"]:
         return None
     figure, axes = _figure(3.5 + 0.09 * len(styles))
+    whole = {arm["name"] for arm in summary["arms"] if arm["done"] == arm["trials"]}
     settled = []
     for name, curve in curves["arms"].items():
         x, style = curve[axis], styles.get(name)
@@ -64,11 +68,11 @@ def curve_figure(summary: Mapping[str, Any], axis: str) -> Figure | None:
             axes.plot(x, curve["mean"], color=OTHER, lw=0.8, zorder=1)
         else:
             axes.plot(x, curve["mean"], label=label(name), lw=1.5, markevery=0.12, **style)
-        if style is not None and None not in curve["low"]:
+        if style is not None and name in whole and None not in curve["low"]:
             axes.fill_between(
                 x, curve["low"], curve["high"], color=style["color"], alpha=0.12, lw=0
             )
-            edges = {"color": style["color"], "linestyle": style["linestyle"], "alpha": 0.6}
+            edges = {"color": style["color"], "linestyle": style["linestyle"], "alpha": 0.4}
             axes.plot(x, curve["low"], lw=0.6, **edges)
             axes.plot(x, curve["high"], lw=0.6, **edges)
         late = [y for at, y in zip(x, curve["mean"], strict=True) if at >= _SETTLED * x[-1]]
@@ -187,8 +191,8 @@ def heat_map(summary: Mapping[str, Any]) -> Figure | None:
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    note = "; *: seeds missing" if any(missing for missing, _ in best.values()) else ""
-    axes.set_xlabel(f"chunk length or window, in tokens (T: all{note})")
+    note = "\n*: seeds are missing" if any(missing for missing, _ in best.values()) else ""
+    axes.set_xlabel(f"chunk length or window, in tokens (T: all){note}")
     return figure
 
 
