@@ -52,11 +52,15 @@ def draw_all(summary: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
 
 
 def curve_figure(summary: Mapping[str, Any], axis: str) -> Figure | None:
-    """Loss against `flops`, `tokens` or `seconds`: means over seeds, 95 % bands."""
+    """Loss against `flops`, `tokens` or `seconds`: means over seeds, 95 % bands.
+
+    No band where seeds are missing: of the two that are left, say, it would hide all others.
+    """
     curves, styles = summary["curves"], styles_of(summary["arms"])
     if not curves["arms"]:
         return None
     figure, axes = _figure(3.5 + 0.09 * len(styles))
+    whole = {arm["name"] for arm in summary["arms"] if arm["done"] == arm["trials"]}
     settled = []
     for name, curve in curves["arms"].items():
         x, style = curve[axis], styles.get(name)
@@ -64,10 +68,13 @@ def curve_figure(summary: Mapping[str, Any], axis: str) -> Figure | None:
             axes.plot(x, curve["mean"], color=OTHER, lw=0.8, zorder=1)
         else:
             axes.plot(x, curve["mean"], label=label(name), lw=1.5, markevery=0.12, **style)
-        if style is not None and None not in curve["low"]:
+        if style is not None and name in whole and None not in curve["low"]:
             axes.fill_between(
-                x, curve["low"], curve["high"], color=style["color"], alpha=0.15, lw=0
+                x, curve["low"], curve["high"], color=style["color"], alpha=0.12, lw=0
             )
+            edges = {"color": style["color"], "linestyle": style["linestyle"], "alpha": 0.4}
+            axes.plot(x, curve["low"], lw=0.6, **edges)
+            axes.plot(x, curve["high"], lw=0.6, **edges)
         late = [y for at, y in zip(x, curve["mean"], strict=True) if at >= _SETTLED * x[-1]]
         settled += [y for y in late if math.isfinite(y)]
     if settled and max(settled) > min(settled):
@@ -96,7 +103,7 @@ def difference_figure(summary: Mapping[str, Any]) -> Figure | None:
             axes.plot([found["low"], found["high"]], [row, row], color=style["color"], lw=1.5)
         seeds = [y - base[s] for s, y in arm["nll"]["by_seed"].items() if s in base]
         axes.plot(seeds, [row] * len(seeds), "|", color=style["color"], ms=7)
-        axes.plot(found["mean"], row, color=style["color"], marker=style["marker"], ms=5.5)
+        axes.plot(found["mean"], row, **{**style, "linestyle": "none"}, ms=5.5)
     axes.axvline(0, color=INK, lw=1)
     axes.locator_params(axis="x", nbins=5)
     axes.set_yticks(range(len(arms)), [label(arm["name"], 26) for arm in arms])
@@ -108,7 +115,10 @@ def difference_figure(summary: Mapping[str, Any]) -> Figure | None:
 
 
 def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
-    """Loss against the state that decoding holds; the front is what no arm beats in both."""
+    """Loss against the state that decoding holds; the front is what no arm beats in both.
+
+    Of arms that lack seeds none is on the front.
+    """
     arms = [a for a in summary["arms"] if a["nll"] and a["cache_bytes_per_token"]]
     if len(arms) < 2:
         return None
@@ -127,15 +137,14 @@ def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
         axes.plot(
             x,
             loss["mean"],
-            color=style["color"],
-            marker=style["marker"],
+            **{**style, "linestyle": "none"},
             ms=6,
-            linestyle="none",
             label=label(arm["name"]) if own else None,
             zorder=3 if own else 2,
         )
     front = sorted((a["cache_bytes_per_token"], a["nll"]["mean"]) for a in arms if a["pareto"])
-    axes.plot(*zip(*front, strict=True), color=MUTED, lw=1, drawstyle="steps-post", zorder=1)
+    x, loss = zip(*front, strict=True) if front else ((), ())
+    axes.plot(x, loss, color=MUTED, lw=1, drawstyle="steps-post", zorder=1)
     margin = 0.05 * (max(ends) - min(ends)) or 0.01
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
     axes.set_xscale("log", base=2)
@@ -148,11 +157,13 @@ def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
 
 def heat_map(summary: Mapping[str, Any]) -> Figure | None:
     """Mean loss by aggregation and chunk length, baselines included; the best where several fit."""
-    cells: dict[tuple[str, str], float] = {}
+    best: dict[tuple[str, str], tuple[bool, float]] = {}  # whether seeds are missing, loss
     for arm in summary["arms"]:
         if arm["nll"] and arm["model"]:
+            found = (arm["done"] < arm["trials"], arm["nll"]["mean"])
             cell = _cell(arm["model"])
-            cells[cell] = min(cells.get(cell, math.inf), arm["nll"]["mean"])
+            best[cell] = min(best.get(cell, found), found)
+    cells = {cell: loss for cell, (_, loss) in best.items()}
     columns = sorted({column for _, column in cells}, key=lambda c: (c == "T", len(c), c))
     rows = list(dict.fromkeys(row for row, _ in cells))
     if len([c for c in columns if c != "T"]) < 2:
@@ -167,7 +178,8 @@ def heat_map(summary: Mapping[str, Any]) -> Figure | None:
         axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colour, lw=0)
         dark = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] < 0.5
         text = "#ffffff" if dark else "#000000"
-        axes.text(x + 0.5, y + 0.5, f"{loss:.3f}", ha="center", va="center", color=text, size=8)
+        shown = f"{loss:.3f}" + ("*" if best[row, column][0] else "")
+        axes.text(x + 0.5, y + 0.5, shown, ha="center", va="center", color=text, size=8)
     for x in range(len(columns) + 1):
         axes.axvline(x, color=PAPER, lw=1.5)
     for y in range(len(rows) + 1):
@@ -179,7 +191,8 @@ def heat_map(summary: Mapping[str, Any]) -> Figure | None:
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_xlabel("chunk length or window, in tokens (T: all)")
+    note = "\n*: seeds are missing" if any(missing for missing, _ in best.values()) else ""
+    axes.set_xlabel(f"chunk length or window, in tokens (T: all){note}")
     return figure
 
 

@@ -1,8 +1,9 @@
 """How a sweep's figures and page look: one palette, light and dark, and a style for each arm.
 
-Colours are told apart by colour-blind people and have a contrast of at least 3:1 to their ground;
-markers and dashes say the same again. Figures are drawn in the light colours; in the page each of
-these codes becomes a variable, which the dark theme sets anew.
+Colours differ in lightness as well as in hue, so that colour-blind people tell them apart, and have
+a contrast of at least 3:1 to their ground; markers and dashes say the same again. Figures are drawn
+in the light colours; in the page each of these codes becomes a variable, which the dark theme sets
+anew.
 """
 
 from __future__ import annotations
@@ -23,18 +24,26 @@ COLOURS: dict[str, tuple[str, str]] = {
     "muted": ("#5c6269", "#a3abb3"),
     "grid": ("#dfe2e6", "#33383e"),
     "other": ("#b4b9bf", "#575e66"),
-    "s1": ("#0072b2", "#5cb8f0"),
-    "s2": ("#c44e00", "#ff9a4d"),
-    "s3": ("#00795a", "#35cfa0"),
-    "s4": ("#a63f86", "#f08cca"),
-    "s5": ("#7a6200", "#e8dc4a"),
-    "s6": ("#5b4bb5", "#b3a6ff"),
-    "s7": ("#8c2f39", "#ff8f8f"),
+    "s1": ("#159bd4", "#3db4ee"),
+    "s2": ("#b80000", "#f09868"),
+    "s3": ("#007d5a", "#6effbb"),
+    "s4": ("#a8028f", "#e60ba6"),
+    "s5": ("#b78b00", "#ffd315"),
+    "s6": ("#0900ff", "#4c6eff"),
+    "s7": ("#fe0770", "#f6061f"),
 }
 INK, MUTED, GRID, PAPER, OTHER = (COLOURS[n][0] for n in ("ink", "muted", "grid", "paper", "other"))
 _SERIES = [light for name, (light, _) in COLOURS.items() if re.fullmatch(r"s\d", name)]
-_MARKERS = ("s", "^", "D", "v", "P", "X", "o")
-_DASHES = ((0, (5, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_MARKERS = ("s", "^", "D", "v", "P", "X", "*")
+_DASHES = (
+    (0, (5, 1.5)),
+    (0, (1, 1)),
+    (0, (4, 1.5, 1, 1.5)),
+    (0, (9, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (2, 2.5)),
+    (0, (7, 1.5, 2, 1.5)),
+)
 
 _RC: dict[Any, Any] = {
     "font.size": 9,
@@ -79,7 +88,7 @@ def shown(arms: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     room = 1 + len(_SERIES)
     measured = [arm for arm in arms if arm["nll"]]
-    ranked = sorted(measured, key=lambda arm: arm["nll"]["mean"])
+    ranked = sorted(measured, key=lambda arm: arm["rank"])
     whole = [arm for arm in ranked if arm["model"] and arm["model"]["module_seq_len"] is None]
     first = [arm for arm in ranked if arm["baseline"]]
     chosen: list[str] = []
@@ -90,20 +99,23 @@ def shown(arms: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def styles_of(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes of each arm that has its own style."""
+    """Colour, marker and dashes of each arm that has its own style, hollow where seeds are missing.
+
+    These are arguments of matplotlib's `plot`.
+    """
     names = shown(arms)
-    baseline = {arm["name"] for arm in arms if arm["baseline"]}
-    found, number = {}, 0
-    for name in names:
-        if name in baseline:
-            found[name] = {"color": INK, "marker": "o", "linestyle": "-"}
-            continue
-        found[name] = {
-            "color": _SERIES[number % len(_SERIES)],
-            "marker": _MARKERS[number % len(_MARKERS)],
-            "linestyle": _DASHES[number % len(_DASHES)],
-        }
-        number += 1
+    own = iter(zip(_SERIES, _MARKERS, _DASHES, strict=True))
+    found = {}
+    for arm in arms:
+        if arm["name"] in names:
+            color, marker, dashes = (INK, "o", "-") if arm["baseline"] else next(own)
+            filled = color if arm["done"] == arm["trials"] else PAPER
+            found[arm["name"]] = {
+                "color": color,
+                "marker": marker,
+                "linestyle": dashes,
+                "markerfacecolor": filled,
+            }
     return found
 
 

@@ -1,6 +1,8 @@
 """A sweep as one table of arms and their curves: plain data, which `report.json` holds.
 
-Only trials that are done count. `report.json`:
+Only trials that are done count, and a variant is compared as a whole or not at all: no p-value
+while it or the baseline lacks a seed, for the seeds that are left may favour it (those of the
+others may have diverged). `report.json`:
 
     format, name, created_at, budget, amount, seeds, baseline, searcher, scheduler, iso_parameters,
     confidence
@@ -8,11 +10,14 @@ Only trials that are done count. `report.json`:
     arms             in the definition's order, each with
         name, values, baseline, trials, done, steps, tokens, flops, model
         nll, bpb         {mean, low, high, n, by_seed}: validation, nats per token, bits per byte
+        rank             1 for the best of those with a loss; those that lack seeds come later
         difference       {mean, low, high, n, p, p_holm}: nll less the baseline's, by seed
+        untested         why there is no p, of all but the baseline
         documents        seed -> {mean, low, high, n}: the same within a seed, over documents
         tokens_per_second, memory_mib, memory_kind
         flops_per_token, parameters, ffn_dim, cache_bytes_per_token
-        pareto           whether no other arm has both a lower loss and a smaller cache
+        pareto           whether no other arm has both a lower loss and a smaller cache; of arms
+                         with all their seeds
     excluded         {trial, arm, seed, status, why} of all others
     curves           {what, arms: name -> {step, tokens, flops, seconds, mean, low, high}}
 
@@ -22,7 +27,8 @@ Only trials that are done count. `report.json`:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,6 +38,7 @@ from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.results import Lines, TrialResult, read_results
 from modular_lm.sweep.statistics import (
     CONFIDENCE,
+    FEWEST_FOR_P,
     Interval,
     bootstrap_difference,
     holm,
@@ -65,7 +72,8 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
     settings = definition["sweep"]
     baseline = next((each.arm for each in results if each.record["baseline"]), None)
     arms = [_arm(name, trials, by_arm.get(baseline or "", [])) for name, trials in by_arm.items()]
-    _adjust(arms)
+    _rank(arms)
+    _adjust(arms, _to_come(results, settings))
     _mark_pareto(arms)
     spent = [arm["flops"] for arm in arms if arm["done"] and arm["flops"]]
     return {
@@ -103,6 +111,7 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
 def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
     done = [each for each in trials if each.nll is not None]
     record = trials[0].record
+    difference, untested = (None, None) if record["baseline"] else _compared(trials, baseline)
     steps, per_step = record["steps"], record.get("tokens_per_step")
     tokens = steps * per_step if steps and per_step else None
     speeds = [each.tokens_per_second for each in done if each.tokens_per_second]
@@ -120,7 +129,8 @@ def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> d
         "model": {key: model.get(key) for key in _MODEL} if model else {},
         "nll": _over_seeds({each.seed: each.nll for each in done}),
         "bpb": _over_seeds({each.seed: each.bpb for each in done}),
-        "difference": None if record["baseline"] else _difference(done, baseline),
+        "difference": difference,
+        "untested": untested,
         "documents": {} if record["baseline"] else _over_documents(done, baseline),
         "tokens_per_second": float(np.mean(speeds)) if speeds else None,
         "memory_mib": max(memory, default=None),
@@ -137,15 +147,24 @@ def _over_seeds(by_seed: dict[int, float | None]) -> dict[str, Any] | None:
     return {**found, "by_seed": {str(seed): value for seed, value in known.items()}}
 
 
-def _difference(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any] | None:
+def _compared(
+    trials: list[TrialResult], baseline: list[TrialResult]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The difference to the baseline over the seeds that both have, and why it has no p-value."""
     mine, theirs = (
-        {each.seed: each.nll for each in trials if each.nll is not None}
-        for trials in (done, baseline)
+        {each.seed: each.nll for each in arm if each.nll is not None} for arm in (trials, baseline)
     )
     found = paired(mine, theirs)
     if found is None:
-        return None
-    return {**dataclasses.asdict(found.difference), "p": found.p, "p_holm": None}
+        return None, "seeds missing"
+    difference = {**dataclasses.asdict(found.difference), "p": found.p, "p_holm": None}
+    wanted = {each.seed for each in (*trials, *baseline)}
+    if wanted != mine.keys() & theirs.keys():
+        return {**difference, "p": None}, "seeds missing"
+    if found.p is None:
+        few = found.difference.n < FEWEST_FOR_P
+        return difference, f"fewer than {FEWEST_FOR_P} seeds" if few else "no spread"
+    return difference, None
 
 
 def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
@@ -168,20 +187,53 @@ def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dic
 # ------------------------------------------------------------------ all arms
 
 
-def _adjust(arms: Sequence[dict[str, Any]]) -> None:
-    """Fill in p_holm, over all comparisons that have a p-value."""
-    tested = [arm["difference"] for arm in arms if arm["difference"]]
-    tested = [difference for difference in tested if difference["p"] is not None]
-    adjusted = holm([difference["p"] for difference in tested])
-    for difference, p in zip(tested, adjusted, strict=True):
-        difference["p_holm"] = p
+def _rank(arms: Sequence[dict[str, Any]]) -> None:
+    """By the loss; arms that lack seeds after the others, by their difference within seeds."""
+
+    def place(arm: dict[str, Any]) -> tuple[float, ...]:
+        loss, difference = arm["nll"]["mean"], arm["difference"]
+        if arm["done"] == arm["trials"]:
+            return 0, loss
+        if arm["baseline"]:
+            return 1, 0.0, loss
+        return 1, difference["mean"] if difference else math.inf, loss
+
+    order = [arm["name"] for arm in sorted((a for a in arms if a["nll"]), key=place)]
+    for arm in arms:
+        arm["rank"] = order.index(arm["name"]) + 1 if arm["nll"] else None
+
+
+def _adjust(arms: Sequence[dict[str, Any]], to_come: int) -> None:
+    """Fill in p_holm. The family is what was planned, whatever of it has a p-value by now.
+
+    Else a variant would be judged the more lightly the fewer others have ended, or the more of them
+    failed. Those that no run can take are known before there is any result, and are not in it.
+    to_come: variants that a search will yet suggest.
+    """
+    planned = [arm["difference"] for arm in arms if not arm["baseline"] and arm["steps"]]
+    p_values = [difference["p"] if difference else None for difference in planned]
+    adjusted = holm([1.0 if p is None else p for p in p_values] + [1.0] * to_come)
+    for difference, p, p_holm in zip(planned, p_values, adjusted, strict=False):
+        if p is not None:
+            difference["p_holm"] = p_holm
+
+
+def _to_come(results: Sequence[TrialResult], settings: Mapping[str, Any]) -> int:
+    """How many suggestions of a search, at the most, are still to be made.
+
+    Each of its studies has begun with draws, so all are known.
+    """
+    if settings["searcher"] != "optuna":
+        return 0
+    made = {(s["study"], s["number"]) for each in results for s in each.record["suggestions"]}
+    return max(0, len({study for study, _ in made}) * settings["num_samples"] - len(made))
 
 
 def _mark_pareto(arms: Sequence[dict[str, Any]]) -> None:
     points = {
         arm["name"]: (arm["nll"]["mean"], arm["cache_bytes_per_token"])
         for arm in arms
-        if arm["nll"] and arm["cache_bytes_per_token"] is not None
+        if arm["done"] == arm["trials"] and arm["cache_bytes_per_token"] is not None
     }
     for arm in arms:
         mine = points.get(arm["name"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,7 @@ class Table:
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
     """All arms that have results, the best first."""
-    arms = [arm for arm in summary["arms"] if arm["nll"]]
-    arms.sort(key=lambda arm: arm["nll"]["mean"])
+    arms = sorted((arm for arm in summary["arms"] if arm["nll"]), key=lambda arm: arm["rank"])
     memory = {arm["memory_kind"] for arm in arms}
     header = (
         "variant",
@@ -98,13 +98,15 @@ def excluded_table(summary: Mapping[str, Any]) -> Table | None:
 def headline(summary: Mapping[str, Any]) -> str:
     """What was compared, in two sentences."""
     arms, seeds = summary["arms"], summary["seeds"]
-    done = sum(arm["done"] for arm in arms)
+    lost = sum(each["status"] == "done" for each in summary["excluded"])
+    done = sum(arm["done"] for arm in arms) + lost
     total = sum(arm["trials"] for arm in arms)
     unit = _UNITS[summary["budget"]]
     amount = number(summary["amount"], "{:,.0f}" if (summary["amount"] or 0) < 1e9 else "{:.4g}")
     text = (
-        f"{done} of {total} trials are done: {len(arms)} variants, seeds "
-        f"{', '.join(map(str, seeds))}. Each may spend {amount} {unit}"
+        f"{done} of {total} trials are done{f' ({lost} without a loss)' if lost else ''}: "
+        f"{len(arms)} variants, seeds {', '.join(map(str, seeds))}. "
+        f"Each may spend {amount} {unit}"
     )
     if summary["flops_spread"] is not None:
         text += f"; in FLOPs the trials that are done differ by {summary['flops_spread']:.2%}"
@@ -131,19 +133,22 @@ def how_to_read(summary: Mapping[str, Any]) -> list[str]:
             "Variants were suggested by what the losses of others said: the best of them looks "
             "better than it is, and p-values do not allow for that. Other seeds would show."
         )
-    if summary["scheduler"] != "none":
+    if summary["excluded"]:
+        causes = Counter(each["why"].partition(":")[0] for each in summary["excluded"])
         lines.append(
-            f"Trials were stopped early by {summary['scheduler']}: variants of which trials were "
-            "stopped are compared over the seeds that are left, which may favour them."
+            f"Without a result: {', '.join(f'{n} {cause}' for cause, n in causes.items())}. A "
+            "variant that lacks seeds, or whose baseline does, has a difference over those that "
+            "both have, but no verdict: the seeds that are left may favour it. It stands below "
+            "those that have all, and its marks in the pictures are hollow."
         )
     return lines
 
 
 def verdict(arm: Mapping[str, Any]) -> str:
-    """better, worse, or open; nothing where no test is possible."""
+    """better, worse, or open; where no test is possible, why."""
     difference = arm["difference"]
-    if arm["baseline"] or not difference or difference["p_holm"] is None:
-        return ""
+    if arm["baseline"] or arm["untested"]:
+        return arm["untested"] or ""
     if difference["p_holm"] >= LEVEL:
         return "open"
     return "better" if difference["mean"] < 0 else "worse"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from scipy import stats
 
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.report import write_report
-from modular_lm.sweep.style import COLOURS
+from modular_lm.sweep.style import COLOURS, styles_of
+from modular_lm.sweep.summary import summarise
+from modular_lm.sweep.tables import headline, how_to_read, verdict
 from modular_lm.sweep.trials import Plan
 from tests.support import REPO
 from tests.sweep.made_sweep import DOCUMENTS, begun, document_scores, finish, finish_all, write_run
@@ -158,10 +162,78 @@ def test_the_page_is_whole_and_needs_no_network(
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= COLOURS.keys()
 
 
+# sRGB to XYZ, the white of D65 being 1.
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+# What is seen of linear sRGB: Machado, Oliveira and Fernandes (2009), severity 1.
+SIGHT = {
+    "all cones": np.eye(3),
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
+}
+
+
+def _linear(colour: str) -> np.ndarray:
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
 def _luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return float(XYZ[1] @ _linear(colour))
+
+
+def _lab(linear: np.ndarray) -> np.ndarray:
+    """CIELAB of linear sRGB."""
+    parts = XYZ @ np.clip(linear, 0, 1) / XYZ.sum(1)
+    f = np.where(parts > 216 / 24389, np.cbrt(parts), (24389 / 27 * parts + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("theme", [0, 1])
+def test_series_are_told_apart_by_colour_blind_people(theme: int, sight: str) -> None:
+    """A difference in CIELAB of 2 is just seen side by side; thin lines apart take several times
+    that."""
+    names = [name for name in COLOURS if re.fullmatch(r"s\d", name)] + ["ink", "other"]
+    seen = {name: _lab(SIGHT[sight] @ _linear(COLOURS[name][theme])) for name in names}
+    for one, other in itertools.combinations(names, 2):
+        assert np.linalg.norm(seen[one] - seen[other]) >= 15, (one, other)
+
+
+def test_every_series_has_dashes_and_a_marker_of_its_own() -> None:
+    arms = [
+        {
+            "name": str(i),
+            "baseline": i == 0,
+            "rank": i + 1,
+            "nll": {"mean": 1.0},
+            "model": {},
+            "done": 3,
+        }
+        | {"trials": 3, "comparable": True}
+        for i in range(8)
+    ]
+    styles = styles_of(arms).values()
+    for key in ("color", "marker", "linestyle"):
+        assert len({str(style[key]) for style in styles}) == 8
 
 
 @pytest.mark.parametrize("theme", [0, 1])
@@ -172,7 +244,7 @@ def test_text_and_lines_stand_out_from_their_ground(theme: int) -> None:
         if name in ("paper", "grid", "other"):
             continue
         light, dark = sorted((paper, _luminance(pair[theme])), reverse=True)
-        wanted = 4.5 if name in ("ink", "muted") else 3.0
+        wanted = 4.5 if name in ("ink", "muted", "s2", "s3") else 3.0  # s2, s3: the verdicts
         assert (light + 0.05) / (dark + 0.05) >= wanted, name
 
 
@@ -253,6 +325,75 @@ def test_a_sweep_that_has_just_begun(tmp_path: Path) -> None:
     assert all(each["nll"] is None for each in summary["arms"])
     assert list(folder.pictures.iterdir()) == []
     assert "No trial is done yet." in folder.report("html").read_text()
+
+
+def test_p_values_are_corrected_for_all_variants_that_were_planned(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS)
+    for trial in plan.trials:
+        if trial.arm.name in ("dense", "window"):
+            finish(folder, trial, LOSSES[trial.arm.name][trial.seed])
+    folder.update("avg__seed-0", "failed", "rank 1: out of memory")  # stack has not begun
+    found = arm(summarise(folder), "window")["difference"]
+    p = stats.ttest_rel(LOSSES["window"], LOSSES["dense"]).pvalue
+    assert found["p"] == pytest.approx(p)
+    assert found["p_holm"] == pytest.approx(3 * p)  # odd cannot be trained: it was never planned
+
+
+def test_p_values_are_corrected_for_what_a_search_will_suggest(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    folder, plan = begun(
+        tmp_path / "s",
+        "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}}",
+        "sweep.params={optim.lr: {loguniform: [1.0e-4, 1.0e-2], "
+        "when: {model.module_seq_len: [128]}}}",
+        "sweep.searcher=optuna",
+        "sweep.num_samples=8",
+    )
+    assert plan.unsuggested == 4
+    first = next(each.name for each in plan.arms if each.name != "dense")
+    for trial in plan.trials:
+        if trial.arm.name in ("dense", first):
+            losses = LOSSES["dense" if trial.arm.name == "dense" else "window"]
+            finish(folder, trial, losses[trial.seed])
+    found = arm(summarise(folder), first)["difference"]
+    assert found["p_holm"] == pytest.approx(min(1.0, 8 * found["p"]))
+
+
+def test_a_variant_that_lost_seeds_has_no_verdict_and_no_first_place(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0,1,2,3,4]")
+    noise = [0.0, 0.003, -0.002, 0.001, 0.002]
+    offsets = {"dense": 0.0, "window": -0.01, "avg": -0.3, "stack": 0.1}
+    for trial in plan.trials:
+        if trial.arm.why is None:
+            loss = 1.5 + 0.02 * trial.seed + offsets[trial.arm.name]
+            loss += noise[trial.seed] * (trial.arm.name != "dense")
+            lost = trial.arm.name == "avg" and trial.seed >= 3  # the best, where it did not diverge
+            finish(folder, trial, math.nan if lost else loss)
+    summary = write_report(folder)
+    avg = arm(summary, "avg")
+    assert avg["difference"]["n"] == 3
+    assert avg["difference"]["p"] is avg["difference"]["p_holm"] is None
+    assert (avg["untested"], verdict(avg)) == ("seeds missing", "seeds missing")
+    assert not avg["pareto"]
+    ranks = {each["name"]: each["rank"] for each in summary["arms"]}
+    assert ranks == {"window": 1, "dense": 2, "stack": 3, "avg": 4, "odd": None}
+    assert verdict(arm(summary, "window")) == "better"
+    assert "20 of 25 trials are done (2 without a loss)" in headline(summary)
+    assert "2 diverged, 5 failed" in "".join(how_to_read(summary))
+    assert styles_of(summary["arms"])["avg"]["markerfacecolor"] == COLOURS["paper"][0]
+    assert "1.220*" in folder.pictures.joinpath("heat_map.svg").read_text()
+
+
+def test_no_verdicts_against_a_baseline_that_lost_a_seed(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS, "sweep.seeds=[0,1,2,3]")
+    for trial in plan.trials:
+        if trial.arm.why is None:
+            lost = trial.arm.name == "dense" and trial.seed == 0
+            finish(folder, trial, math.nan if lost else 1.5 + 0.01 * trial.seed**2)
+    summary = summarise(folder)
+    found = [arm(summary, name) for name in ("window", "avg", "stack")]
+    assert {each["untested"] for each in found} == {"seeds missing"}
+    assert {each["difference"]["n"] for each in found} == {3}
 
 
 def test_few_validations_are_no_curve_so_the_training_loss_is_drawn(tmp_path: Path) -> None:
