@@ -183,7 +183,7 @@ def test_a_job_goes_on_after_its_time_limit(training: Jobs) -> None:
     assert stop_reasons(folder) == [f"SLURM job {job} is near its time limit (SIGUSR1)"]
     saved = complete_steps(folder.checkpoints)[-1]
     assert saved > 0
-    wait_until(lambda: len(attempts(folder)) == 2, "the next attempt", 120)
+    wait_until(lambda: len(attempts(folder)) == 2, "the next attempt", 240)
     assert attempts(folder)[1]["start_step"] == saved
     slurm.run("scancel", job)
     training.finish(job, "long", "CANCELLED")
