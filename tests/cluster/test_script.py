@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,7 +143,7 @@ def test_the_environment_is_set_up_in_order_and_expanded_on_the_node(tmp_path: P
     ],
 )
 def test_an_environment_that_cannot_be_set_up_ends_the_job(
-    tmp_path: Path, options: dict[str, object], message: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "code").mkdir()
     text = script(tmp_path, **options)
