@@ -119,7 +119,7 @@ def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
 
     Of arms that lack seeds none is on the front.
     """
-    arms = [a for a in summary["arms"] if a["nll"] and a["cache_bytes_per_token"]]
+    arms = [arm for arm in _drawn(summary) if arm["cache_bytes_per_token"]]
     if len(arms) < 2:
         return None
     styles = styles_of(summary["arms"])
@@ -158,8 +158,8 @@ def pareto_figure(summary: Mapping[str, Any]) -> Figure | None:
 def heat_map(summary: Mapping[str, Any]) -> Figure | None:
     """Mean loss by aggregation and chunk length, baselines included; the best where several fit."""
     best: dict[tuple[str, str], tuple[bool, float]] = {}  # whether seeds are missing, loss
-    for arm in summary["arms"]:
-        if arm["nll"] and arm["model"]:
+    for arm in _drawn(summary):
+        if arm["model"]:
             found = (arm["done"] < arm["trials"], arm["nll"]["mean"])
             cell = _cell(arm["model"])
             best[cell] = min(best.get(cell, found), found)
@@ -194,6 +194,11 @@ def heat_map(summary: Mapping[str, Any]) -> Figure | None:
     note = "\n*: seeds are missing" if any(missing for missing, _ in best.values()) else ""
     axes.set_xlabel(f"chunk length or window, in tokens (T: all){note}")
     return figure
+
+
+def _drawn(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The arms whose losses may stand beside each other."""
+    return [arm for arm in summary["arms"] if arm["nll"] and arm["comparable"]]
 
 
 def _cell(model: Mapping[str, Any]) -> tuple[str, str]:

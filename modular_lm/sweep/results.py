@@ -18,6 +18,8 @@ from modular_lm.sweep.folder import SweepFolder
 from modular_lm.tracking.run_folder import RunFolder, metric_values
 
 Floats = npt.NDArray[np.float64]
+Documents = dict[str, tuple[Floats, Floats]]
+"""source -> (summed nll [D], tokens [D])"""
 
 _NLL = re.compile(r"validation/(.+)/nll")
 # What a memory figure is, by the names in metrics lines; the first that is there counts.
@@ -40,7 +42,6 @@ class TrialResult:
     began; validation, training: nats per token; seconds: of training, without validation and
     saving, summed over attempts
     nll, bpb, documents: after its last step, None while it is not done
-    documents: source -> (summed nll [D], tokens [D])
     excluded: why it is not in the statistics
     """
 
@@ -51,7 +52,7 @@ class TrialResult:
     seconds: Lines
     nll: float | None
     bpb: float | None
-    documents: dict[str, tuple[Floats, Floats]] | None
+    documents: Documents | None
     tokens_per_second: float | None
     memory_mib: float | None
     memory_kind: str | None
@@ -158,7 +159,7 @@ def _model(config: Path) -> dict[str, Any]:
         return {}
 
 
-def _documents(file: Path) -> dict[str, tuple[Floats, Floats]] | None:
+def _documents(file: Path) -> Documents | None:
     """None where they were not written, or a loss is not finite."""
     try:
         sources = json.loads(file.read_text(encoding="utf-8"))["sources"]

@@ -81,13 +81,13 @@ def drawing(name: str) -> Iterator[None]:
 
 
 def shown(arms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The arms that have a style of their own, the others are drawn in grey.
+    """The arms that have a style of their own, the others that are comparable are drawn in grey.
 
     All where there are few; else the baseline, the best ones without chunks (what chunking must
     beat), and the best of all.
     """
     room = 1 + len(_SERIES)
-    measured = [arm for arm in arms if arm["nll"]]
+    measured = [arm for arm in arms if arm["nll"] and arm["comparable"]]
     ranked = sorted(measured, key=lambda arm: arm["rank"])
     whole = [arm for arm in ranked if arm["model"] and arm["model"]["module_seq_len"] is None]
     first = [arm for arm in ranked if arm["baseline"]]

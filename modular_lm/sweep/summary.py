@@ -2,7 +2,8 @@
 
 Only trials that are done count, and a variant is compared as a whole or not at all: no p-value
 while it or the baseline lacks a seed, for the seeds that are left may favour it (those of the
-others may have diverged). `report.json`:
+others may have diverged). Nor are losses compared that are of other documents, or of the same ones
+cut or tokenized otherwise. `report.json`:
 
     format, name, created_at, budget, amount, seeds, baseline, searcher, scheduler, iso_parameters,
     confidence
@@ -10,14 +11,16 @@ others may have diverged). `report.json`:
     arms             in the definition's order, each with
         name, values, baseline, trials, done, steps, tokens, flops, model
         nll, bpb         {mean, low, high, n, by_seed}: validation, nats per token, bits per byte
-        rank             1 for the best of those with a loss; those that lack seeds come later
+        comparable       whether its trials scored the baseline's documents, as the same tokens
+        rank             1 for the best of those with a loss; those that lack seeds come later, and
+                         those that are not comparable last
         difference       {mean, low, high, n, p, p_holm}: nll less the baseline's, by seed
         untested         why there is no p, of all but the baseline
         documents        seed -> {mean, low, high, n}: the same within a seed, over documents
         tokens_per_second, memory_mib, memory_kind
         flops_per_token, parameters, ffn_dim, cache_bytes_per_token
         pareto           whether no other arm has both a lower loss and a smaller cache; of arms
-                         with all their seeds
+                         that are comparable and have all seeds
     excluded         {trial, arm, seed, status, why} of all others
     curves           {what, arms: name -> {step, tokens, flops, seconds, mean, low, high}}
 
@@ -35,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from modular_lm.sweep.folder import SweepFolder
-from modular_lm.sweep.results import Lines, TrialResult, read_results
+from modular_lm.sweep.results import Documents, Lines, TrialResult, read_results
 from modular_lm.sweep.statistics import (
     CONFIDENCE,
     FEWEST_FOR_P,
@@ -71,7 +74,9 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
         by_arm.setdefault(each.arm, []).append(each)
     settings = definition["sweep"]
     baseline = next((each.arm for each in results if each.record["baseline"]), None)
-    arms = [_arm(name, trials, by_arm.get(baseline or "", [])) for name, trials in by_arm.items()]
+    compared_with = by_arm.get(baseline or "", [])
+    scored = next((t.documents for t in (*compared_with, *results) if t.documents), None)
+    arms = [_arm(name, trials, compared_with, scored) for name, trials in by_arm.items()]
     _rank(arms)
     _adjust(arms, _to_come(results, settings))
     _mark_pareto(arms)
@@ -101,17 +106,30 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
             for each in results
             if each.excluded
         ],
-        "curves": _curves(by_arm),
+        "curves": _curves({arm["name"]: by_arm[arm["name"]] for arm in arms if arm["comparable"]}),
     }
 
 
 # ------------------------------------------------------------------ one arm
 
 
-def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
+def _arm(
+    name: str,
+    trials: list[TrialResult],
+    baseline: list[TrialResult],
+    scored: Documents | None,
+) -> dict[str, Any]:
+    """scored: the documents that trials must have scored to be compared."""
     done = [each for each in trials if each.nll is not None]
     record = trials[0].record
-    difference, untested = (None, None) if record["baseline"] else _compared(trials, baseline)
+    comparable = all(_same(each.documents, scored) for each in done)
+    difference, untested, documents = None, None, {}
+    if not record["baseline"]:
+        if comparable and all(_same(t.documents, scored) for t in baseline if t.nll is not None):
+            difference, untested = _compared(trials, baseline)
+            documents = _over_documents(done, baseline)
+        else:
+            untested = "other documents"
     steps, per_step = record["steps"], record.get("tokens_per_step")
     tokens = steps * per_step if steps and per_step else None
     speeds = [each.tokens_per_second for each in done if each.tokens_per_second]
@@ -129,9 +147,10 @@ def _arm(name: str, trials: list[TrialResult], baseline: list[TrialResult]) -> d
         "model": {key: model.get(key) for key in _MODEL} if model else {},
         "nll": _over_seeds({each.seed: each.nll for each in done}),
         "bpb": _over_seeds({each.seed: each.bpb for each in done}),
+        "comparable": comparable,
         "difference": difference,
         "untested": untested,
-        "documents": {} if record["baseline"] else _over_documents(done, baseline),
+        "documents": documents,
         "tokens_per_second": float(np.mean(speeds)) if speeds else None,
         "memory_mib": max(memory, default=None),
         "memory_kind": next((each.memory_kind for each in done), None),
@@ -167,20 +186,29 @@ def _compared(
     return difference, None
 
 
+def _same(documents: Documents | None, others: Documents | None) -> bool:
+    """Whether both are known, and have the same sources with as many tokens in each document.
+
+    Other documents, another cut and another tokenizer all show in these.
+    """
+    if documents is None or others is None or documents.keys() != others.keys():
+        return False
+    return all(np.array_equal(documents[name][1], others[name][1]) for name in documents)
+
+
 def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dict[str, Any]:
-    """Within each seed that both have, where both scored the same documents."""
+    """Within each seed that both have; both scored the same documents."""
     theirs = {each.seed: each.documents for each in baseline if each.documents}
     found = {}
     for each in done:
-        other = theirs.get(each.seed)
-        if each.documents and other and each.documents.keys() == other.keys():
-            names = sorted(other)
-            mine, base = ([documents[n] for n in names] for documents in (each.documents, other))
-            tokens, base_tokens = (np.concatenate([t for _, t in d]) for d in (mine, base))
-            if np.array_equal(tokens, base_tokens):
-                nll, base_nll = (np.concatenate([x for x, _ in d]) for d in (mine, base))
-                interval = bootstrap_difference(nll, base_nll, tokens)
-                found[str(each.seed)] = dataclasses.asdict(interval)
+        if each.documents and each.seed in theirs:
+            names = sorted(each.documents)
+            tokens = np.concatenate([each.documents[name][1] for name in names])
+            nll, base = (
+                np.concatenate([documents[name][0] for name in names])
+                for documents in (each.documents, theirs[each.seed])
+            )
+            found[str(each.seed)] = dataclasses.asdict(bootstrap_difference(nll, base, tokens))
     return found
 
 
@@ -188,10 +216,13 @@ def _over_documents(done: list[TrialResult], baseline: list[TrialResult]) -> dic
 
 
 def _rank(arms: Sequence[dict[str, Any]]) -> None:
-    """By the loss; arms that lack seeds after the others, by their difference within seeds."""
+    """By the loss; arms that lack seeds after the others, by their difference within seeds; last
+    those whose losses are of other documents."""
 
     def place(arm: dict[str, Any]) -> tuple[float, ...]:
         loss, difference = arm["nll"]["mean"], arm["difference"]
+        if not arm["comparable"]:
+            return 2, loss
         if arm["done"] == arm["trials"]:
             return 0, loss
         if arm["baseline"]:
@@ -233,7 +264,9 @@ def _mark_pareto(arms: Sequence[dict[str, Any]]) -> None:
     points = {
         arm["name"]: (arm["nll"]["mean"], arm["cache_bytes_per_token"])
         for arm in arms
-        if arm["done"] == arm["trials"] and arm["cache_bytes_per_token"] is not None
+        if arm["done"] == arm["trials"]
+        and arm["comparable"]
+        and arm["cache_bytes_per_token"] is not None
     }
     for arm in arms:
         mine = points.get(arm["name"])
@@ -244,7 +277,10 @@ def _mark_pareto(arms: Sequence[dict[str, Any]]) -> None:
 
 
 def _curves(by_arm: dict[str, list[TrialResult]]) -> dict[str, Any]:
-    """The validation loss where all were validated often enough, else the training loss."""
+    """Of arms that are comparable.
+
+    The validation loss where all were validated often enough, else the training loss.
+    """
     done = {arm: [t for t in trials if t.nll is not None] for arm, trials in by_arm.items()}
     done = {arm: trials for arm, trials in done.items() if trials}
     validated = all(

@@ -23,7 +23,6 @@ class Table:
 def arms_table(summary: Mapping[str, Any]) -> Table:
     """All arms that have results, the best first."""
     arms = sorted((arm for arm in summary["arms"] if arm["nll"]), key=lambda arm: arm["rank"])
-    memory = {arm["memory_kind"] for arm in arms}
     header = (
         "variant",
         "loss (nats per token)",
@@ -37,7 +36,7 @@ def arms_table(summary: Mapping[str, Any]) -> Table:
         "FLOPs per token",
         "parameters",
         "cache, bytes per token",
-        "peak memory, MiB" + (" (of a process)" if memory == {"process"} else ""),
+        "memory, MiB",
     )
     return Table(header, [_arm_row(arm) for arm in arms])
 
@@ -123,15 +122,23 @@ def how_to_read(summary: Mapping[str, Any]) -> list[str]:
         "Difference: to the baseline with the same seed, so with the same data in the same order "
         "and the same initial trunk. p: paired t-test over at least three seeds, corrected by "
         f"Holm for all variants. A verdict is given below {LEVEL}; otherwise none is possible, "
-        "which does not show that there is no difference.",
+        "which does not show that there is no difference. The intervals are not corrected: each "
+        "holds for its variant alone, and may leave out 0 where the verdict is open.",
         "FLOPs per token: of training, by formula. Cache: what decoding holds for a sequence of "
         "full length, per token of it.",
-        "Tokens/s and memory are measured, and hold for the machine and for what else ran on it.",
+        "Tokens/s and memory are measured, and hold for the machine and for what else ran on it. "
+        "Memory: the highest figure in the metrics lines, " + _memory(summary) + ".",
     ]
     if summary["searcher"] == "optuna":
         lines.append(
             "Variants were suggested by what the losses of others said: the best of them looks "
             "better than it is, and p-values do not allow for that. Other seeds would show."
+        )
+    if any(arm["untested"] == "other documents" for arm in summary["arms"]):
+        lines.append(
+            "Other documents: it was scored on other documents than the baseline, on the same cut "
+            "elsewhere (data.seq_len), as other tokens, or evals/<step>/documents.json is missing: "
+            "nats per token of these cannot be compared. It stands last and is in no picture."
         )
     if summary["excluded"]:
         causes = Counter(each["why"].partition(":")[0] for each in summary["excluded"])
@@ -142,6 +149,13 @@ def how_to_read(summary: Mapping[str, Any]) -> list[str]:
             "those that have all, and its marks in the pictures are hollow."
         )
     return lines
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+    """What the figures of memory are."""
+    if any(arm["memory_kind"] == "process" for arm in summary["arms"]):
+        return "of rank 0's whole process at the moments when lines were written, so no peak"
+    return "of a GPU PyTorch's peak since the line before"
 
 
 def verdict(arm: Mapping[str, Any]) -> str:

@@ -316,6 +316,7 @@ def test_done_without_a_validation_of_the_last_step(tmp_path: Path) -> None:
     summary = write_report(folder)
     assert "no validation loss after its last step" in summary["excluded"][0]["why"]
     assert arm(summary, "stack")["documents"] == {}
+    assert arm(summary, "stack")["untested"] == "other documents"  # which ones nobody knows
     assert arm(summary, "dense")["nll"]["low"] is None  # one seed has no interval
 
 
@@ -394,6 +395,28 @@ def test_no_verdicts_against_a_baseline_that_lost_a_seed(tmp_path: Path) -> None
     found = [arm(summary, name) for name in ("window", "avg", "stack")]
     assert {each["untested"] for each in found} == {"seeds missing"}
     assert {each["difference"]["n"] for each in found} == {3}
+
+
+def test_losses_of_other_documents_are_not_compared(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS)
+    finish_all(folder, plan, LOSSES)
+    for trial in plan.trials:
+        if trial.arm.name == "window":  # as another seq_len or tokenizer leaves them
+            file = folder.run(trial.name).documents_file(trial.arm.steps or 0)
+            scores = json.loads(file.read_text())
+            scores["sources"]["builtin"]["tokens"][0] += 1
+            file.write_text(json.dumps(scores))
+    summary = write_report(folder)
+    window = arm(summary, "window")
+    assert (window["difference"], window["documents"]) == (None, {})
+    assert (window["comparable"], verdict(window)) == (False, "other documents")
+    assert window["rank"] == 4  # its loss is the lowest
+    assert not window["pareto"]
+    assert summary["curves"]["arms"].keys() == {"dense", "avg", "stack"}
+    for picture in folder.pictures.iterdir():
+        assert ">window<" not in picture.read_text()
+    assert arm(summary, "avg")["difference"]["p"] is not None
+    assert "Other documents:" in "".join(how_to_read(summary))
 
 
 def test_few_validations_are_no_curve_so_the_training_loss_is_drawn(tmp_path: Path) -> None:
