@@ -11,6 +11,7 @@ import contextlib
 import time
 
 from cluster._causes import why_not_requeue
+from cluster._shared_files import SharedFiles
 from cluster.plan import JobPlan
 from cluster.scheduler import Allocation, cancel, hostnames, job_status, requeue
 from modular_lm.errors import RunFailedError
@@ -18,21 +19,20 @@ from modular_lm.tracking.run_folder import RunFolder
 
 # SLURM takes a node for lost after SlurmdTimeout, by default 300 s.
 _NOTICED_S = 900.0
-_POLL_S = 1.0
-# The first of the nodes that are left acts; the next one after this time, if it has not.
-_TURN_S = 10.0
-_ENDED_BY_USERS = ("CANCELLED", "COMPLETED", "TIMEOUT", "DEADLINE", "PREEMPTED")
+# Of each node that is left, and there may be many: the controller has other work.
+_POLL_S = 10.0
+_NO_NODES = ("", "(null)")
+_ENDED_OTHERWISE = ("CANCELLED", "COMPLETED", "TIMEOUT", "DEADLINE", "PREEMPTED")
 
 
-def go_on_without_first_node(plan: JobPlan, allocation: Allocation, node: str) -> None:
+def go_on_without_first_node(
+    plan: JobPlan, allocation: Allocation, shared: SharedFiles, node: str
+) -> None:
     """Called on `node` when the allocation cannot be reached any more: if that is because SLURM has
-    lost the first node, requeue the job, or cancel it where it is not to be requeued."""
-    left = _nodes_without_first(allocation, time.monotonic() + _NOTICED_S)
-    if node not in left:
+    lost the first node, requeue the job, or cancel it where it is not to be requeued. One node does
+    it, the first to find out."""
+    if not _has_lost_first(allocation) or not shared.claim():
         return
-    time.sleep(left.index(node) * _TURN_S)
-    if not _nodes_without_first(allocation, time.monotonic()):
-        return  # another node has acted
     what = f"{allocation} has lost its first node, {allocation.nodes[0]}"
     try:
         why = None if not plan.requeue else why_not_requeue(plan, allocation, at_limit=False)
@@ -46,24 +46,25 @@ def go_on_without_first_node(plan: JobPlan, allocation: Allocation, node: str) -
         _say(plan, allocation, f"error: {error}; submit the job again to continue")
 
 
-def _nodes_without_first(allocation: Allocation, deadline: float) -> list[str]:
-    """The nodes that are left of this start of the job once SLURM has lost its first; none if the
-    job has ended otherwise, was started anew, or nothing is known by then."""
+def _has_lost_first(allocation: Allocation) -> bool:
+    """Whether SLURM has lost the first node of this start of the job, once it knows; not if the job
+    has ended otherwise, was started anew, or nothing is known in time."""
+    deadline = time.monotonic() + _NOTICED_S
     while True:
         status = job_status(allocation)
         if status.state != "UNKNOWN":
             if status.restarts != allocation.restarts or not status.is_batch:
-                return []
-            if status.state in _ENDED_BY_USERS:
-                return []
+                return False
+            if status.state in _ENDED_OTHERWISE:
+                return False
             with contextlib.suppress(RunFailedError):
-                nodes = hostnames(status.node_list)
-                if allocation.nodes[0] not in nodes:
-                    return nodes
+                nodes = [] if status.node_list in _NO_NODES else hostnames(status.node_list)
+                if nodes and allocation.nodes[0] not in nodes:
+                    return True
                 if status.is_ending:
-                    return []
+                    return False
         if time.monotonic() >= deadline:
-            return []
+            return False
         time.sleep(_POLL_S)
 
 

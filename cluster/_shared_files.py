@@ -60,6 +60,17 @@ class SharedFiles:
         (self.folder / f"word-{node}").write_text(word)
         return word
 
+    def claim(self) -> bool:
+        """On a node: whether this is the first one to ask, after a start that did not end in order.
+
+        One that did has removed the folder.
+        """
+        try:
+            (self.folder / "claimed").touch(exist_ok=False)
+        except OSError:
+            return False
+        return True
+
     def check_answer(self, node: str, word: str) -> None:
         """On the first node: raise ConfigError unless what `node` wrote arrives."""
         deadline = time.monotonic() + _PATIENCE_S

@@ -64,7 +64,7 @@ def main(plan_file: str, attempt: str, host: str, port: str) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not is_told:
-        go_on_without_first_node(plan, this_allocation(), name)
+        go_on_without_first_node(plan, this_allocation(), shared, name)
     return 0
 
 

@@ -1,0 +1,29 @@
+"""The loss by position in a chunk and by chunk, mean over seeds, of a sweep's trials with chunks.
+
+python docs/results/ablation/positions.py SWEEP_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+
+import numpy as np
+
+from modular_lm.sweep.folder import SweepFolder
+
+POSITIONS = [0, 1, 3, 7, 15, 31, 63]
+CHUNKS = [0, 1, 7]
+
+folder = SweepFolder(sys.argv[1])
+rows = defaultdict(list)
+for trial in folder.trials():
+    if trial["values"].get("model.module_seq_len"):
+        last = max((folder.run(trial["name"]).path / "evals").glob("*/positions.json"))
+        losses = json.loads(last.read_text())["sources"]["all"]
+        positions = np.array(losses["position_in_later_chunks"]["nll"])[POSITIONS]
+        chunks = np.array(losses["chunk_index"]["nll"])[CHUNKS]
+        rows[trial["arm"]].append([*positions, *chunks])
+for arm, seeds in rows.items():
+    print(f"| {arm} | " + " | ".join(f"{loss:.2f}" for loss in np.mean(seeds, axis=0)) + " |")
