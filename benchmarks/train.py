@@ -77,6 +77,7 @@ class Options:
     save_every: int = key(20, "checkpoint: steps between two saves", ge=1)
     lengths: list[int] = key([2048, 4096, 8192], "grid: tokens of a sample")
     models: list[str] = key(list(GRID), "grid: sizes")
+    compiled: list[bool] = key([False, True], "grid: without and with torch.compile by layer")
 
 
 # ------------------------------------------------------------------ running
@@ -290,7 +291,7 @@ def grid(o: Options) -> dict[str, Any]:
 
     def lines() -> Iterator[list[str]]:
         for size, length, kind, compiled in itertools.product(
-            o.models, o.lengths, GRID_MODELS, (False, True)
+            o.models, o.lengths, GRID_MODELS, o.compiled
         ):
             cell = grid_cell(o, size, length, kind, compiled)
             cells.append(cell)
