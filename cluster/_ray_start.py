@@ -27,13 +27,11 @@ import psutil
 from cluster.plan import JobPlan
 from cluster.ports import PortBlock
 from modular_lm.errors import RunFailedError
+from ray_jobs._sockets import ROOM, excess
 
 MARK = "MODULAR_LM_RAY_NODE"
 _OPEN_FILES = 65_536
 _PR_SET_PDEATHSIG = 1
-# The longest path of a socket is 107 bytes; Ray puts session_<time>_<pid>/sockets/plasma_store
-# below its folder.
-_LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 # Of Ray's own share of the memory, where SLURM says how much the job has.
 _OBJECT_STORE_SHARE = 0.3
 # What Ray's commands put before what they say.
@@ -43,9 +41,9 @@ _libc = ctypes.CDLL(None)
 
 def check_folder(folder: Path) -> None:
     """Raise RunFailedError if Ray's sockets below `folder` would get too long a path."""
-    if len(str(folder)) > _LONGEST_FOLDER:
+    if excess(folder):
         raise RunFailedError(
-            f"{folder}: too long for Ray's sockets, which have {_LONGEST_FOLDER} characters; "
+            f"{folder}: too long for Ray's sockets, which leave it {ROOM} bytes; "
             "choose a shorter temp_root"
         )
 

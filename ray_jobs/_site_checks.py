@@ -35,10 +35,8 @@ from modular_lm.submission import submission
 from modular_lm.tracking.mlflow_projection import tracking_uri
 from ray_jobs._checks import Finding, existing_parent
 from ray_jobs._session import SHORT_STOP_S
+from ray_jobs._sockets import excess
 
-_SOCKET_LIMIT = 107
-# What Ray puts behind its temporary folder; PIDs have up to seven digits, sockets a number.
-_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
 _ENOUGH_SHM = 1 << 30
 _ENOUGH_FILES = 4096
 _PROBE_S = 90
@@ -182,10 +180,8 @@ def _ray_here() -> list[Finding]:
     """Whether a Ray can be started on this machine: ports, temporary folder, shared memory."""
     found = []
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    room = _SOCKET_LIMIT - len(_SOCKET)
-    if len(folder.encode()) > room:
-        text = f"temporary folder {folder}: too long for Ray's sockets, by "
-        text += f"{len(folder.encode()) - room} bytes"
+    if too_long := excess(f"{folder}/ray"):
+        text = f"temporary folder {folder}: too long for Ray's sockets, by {too_long} bytes"
         found.append(Finding("ray", "error", text, "export RAY_TMPDIR=/tmp, or as short a folder"))
     elif not os.access(folder, os.W_OK | os.X_OK):
         text = f"temporary folder {folder}: cannot be written"

@@ -39,12 +39,7 @@ from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.tracking.snapshot import snapshot_code
 from modular_lm.train.attempts import end_attempt
-from modular_lm.train.inventory import (
-    checkpoints_of,
-    complete_steps,
-    newest_step,
-    step_folder,
-)
+from modular_lm.train.inventory import checkpoints_of, complete_steps, newest_step, step_folder
 from modular_lm.train.ownership import check_moved, check_owner, claim
 from modular_lm.train.saved_config import (
     INIT_KEY,
