@@ -7,6 +7,7 @@ it a Ray of our own starts on this machine and ends with the job; nothing else i
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -15,8 +16,9 @@ import signal
 import socket
 from collections.abc import Iterator
 
-from modular_lm.errors import ConfigError, RunFailedError, reason
+from modular_lm.errors import ConfigError, RunFailedError, UserFacingError, reason
 from modular_lm.submission import STOP_WAIT, submission
+from ray_jobs._quiet import quieten
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls whose answer nobody waits for: statistics
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # It would let workers go on until their node is gone; `_attempts` looks itself, and acts.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -54,19 +57,21 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """
     _environment()
     import ray
-    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield
         return
+    quieten()
     handler, dashboard = signal.getsignal(signal.SIGTERM), os.environ.get(_DASHBOARD)
     try:
         if os.environ.get("RAY_ADDRESS"):
             _join()
         else:
             _start(num_cpus or max(4, os.cpu_count() or 1))
-    # RayError: a token that is missing or wrong.
-    except (RayError, RuntimeError, ValueError, OSError) as error:
+    except UserFacingError:
+        raise
+    # Ray raises bare Exceptions where its processes do not come up.
+    except Exception as error:
         where = os.environ.get("RAY_ADDRESS", "a new one on this machine")
         raise RunFailedError(f"no Ray session (RAY_ADDRESS: {where}): {reason(error)}") from error
     # Ray makes SIGTERM end the process at once; the caller may have had other plans.
@@ -160,20 +165,39 @@ def _start(num_cpus: int) -> None:
     port = _free_port()
     # Its workers inherit it. Without it they would look for the one Ray on this machine.
     os.environ[_DASHBOARD] = f"http://127.0.0.1:{port}"
-    ray.init(
-        num_cpus=num_cpus,
-        # Ray Train asks it who is alive; without it placement groups of killed runs stay.
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-        _system_config={
-            # Keeps idle workers for the next execution of Ray Data instead of starting new ones.
-            "idle_worker_killing_time_threshold_ms": 600_000,
-            "num_workers_soft_limit": num_cpus + 4,
-        },
-    )
+    with _own_process_groups():
+        ray.init(
+            num_cpus=num_cpus,
+            # Ray Train asks it who is alive; without it placement groups of killed runs stay.
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            _system_config={
+                # Keeps idle workers for the next execution of Ray Data, which starts no new ones.
+                "idle_worker_killing_time_threshold_ms": 600_000,
+                "num_workers_soft_limit": num_cpus + 4,
+            },
+        )
+
+
+@contextlib.contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """Ray's processes begin in process groups of their own.
+
+    Signals that reach a job's whole group (of `timeout` or systemd, say) are for the driver, which
+    has the workers save a checkpoint first; Ray shields its processes from SIGINT alone. They still
+    end with the driver, by the kernel's death signal.
+    """
+    from ray._private import services
+
+    plain = services.ConsolePopen
+    services.ConsolePopen = functools.partial(plain, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain
 
 
 def _free_port() -> int:

@@ -76,6 +76,7 @@ class Jobs:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            process_group=0,  # as a shell has it, so that signals can be sent to all of a job
         )
         self.started.append(process)
         return process

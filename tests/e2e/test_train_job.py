@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -166,12 +167,13 @@ def test_worker_killed_after_the_last_checkpoint_the_run_is_complete(
 
 
 def test_sigterm_saves_exits_3_and_the_same_command_continues(
-    uninterrupted: RunFolder, jobs: Jobs, tmp_path: Path
+    uninterrupted: RunFolder, jobs: Jobs, plain_jobs: Jobs, tmp_path: Path
 ) -> None:
+    """Of a job with a Ray of its own, sent to its whole process group, as `timeout` does."""
     folder, where = run_folder(tmp_path / "stopped")
-    job = jobs.start("ray_jobs.train", *TINY, where)
+    job = plain_jobs.start("ray_jobs.train", *TINY, where)
     wait_until(lambda: len(list(folder.metrics)) > 3, "some steps")
-    job.send_signal(signal.SIGTERM)
+    os.killpg(job.pid, signal.SIGTERM)
     output = finish(job, code=3)
     (step,) = complete_steps(folder.checkpoints)[-1:]
     assert f"stopped at step {step} (SIGTERM)" in output

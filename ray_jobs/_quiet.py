@@ -1,0 +1,39 @@
+"""What reaches the terminal of what Ray's processes print.
+
+What training workers and the cluster's autoscaler say does; what Ray's own actors report to each
+other's address does not: it is many lines for what they get over by themselves, and what matters of
+it comes back as an exception, and into the run's event log. All of it stays in the logs of Ray's
+session. Reaches into Ray, which has no setting for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Actors of Ray Train that a busy machine makes print the tracebacks of calls that they then repeat.
+_ACTORS = ("TrainController", "PlacementGroupCleaner")
+# Many small trials at once are no mistake.
+_LINES = ("worker processes have been started on node",)
+
+
+def quieten() -> None:
+    """Before `ray.init`: have the driver leave those lines out."""
+    import ray._private.worker as ray_worker
+
+    plain = ray_worker.print_to_stdstream
+    if getattr(plain, "is_quiet", False):
+        return
+
+    def chosen(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if wanted := wanted_lines(data):
+            plain({**data, "lines": wanted}, ignore_prefix)
+
+    chosen.is_quiet = True  # pyright: ignore[reportFunctionMemberAccess]
+    ray_worker.print_to_stdstream = chosen
+
+
+def wanted_lines(data: dict[str, Any]) -> list[str]:
+    """Those for the terminal of a batch of Ray's: {"lines": [...], "actor_name": ..., ...}."""
+    if str(data.get("actor_name", "")).startswith(_ACTORS):
+        return []
+    return [each for each in data.get("lines", []) if not any(part in each for part in _LINES)]
