@@ -55,6 +55,10 @@ class AgreedError(UserFacingError):
         return str(self.args[0])
 
 
+class DivergedError(AgreedError):
+    """Training that went wrong by itself: from the same checkpoint it would do so again."""
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, on one line of bounded length."""
     if isinstance(error, OSError) and error.strerror:

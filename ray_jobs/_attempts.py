@@ -126,7 +126,7 @@ class _Attempt:
         if error is None:
             assert self._result is not None
             if "error" in self._result:
-                raise AgreedError(self._result["error"], self._result["exit_code"])
+                raise self._result["error"]
             step = self._result["step"]
             if step >= run.stop_step:
                 return Ended("done", None, step)

@@ -16,7 +16,7 @@ from typing import Any
 from ray import tune
 
 from modular_lm.cli import setup_logging
-from modular_lm.errors import EXIT_DONE, EXIT_FAILED, UserFacingError, reason
+from modular_lm.errors import EXIT_BAD_INPUT, EXIT_DONE, DivergedError, UserFacingError, reason
 from modular_lm.files import Locked, lock
 from modular_lm.sweep.results import validation_loss
 from modular_lm.tracking.follower import Sink
@@ -56,7 +56,9 @@ class Job:
 
 
 def train_trial(job: Job) -> dict[str, Any]:
-    """Train to the end; returns {"outcome": done | stopped | failed, "why", "exit_code"}."""
+    """Train to the end; returns {"outcome": done | stopped | failed, "why"}, of a failure that
+    another attempt would meet, too, with "is_final": True.
+    """
     run, folder = job.run, job.run.folder
     if asked := job.sweep.stop_requested():
         return {"outcome": "stopped", "why": asked}
@@ -68,10 +70,11 @@ def train_trial(job: Job) -> dict[str, Any]:
         _wait_for_others(folder)
         code = drive(run, job.given, lambda: run_attempts(run), sinks)
     except UserFacingError as error:
-        return {"outcome": "failed", "why": str(error), "exit_code": error.exit_code}
+        is_final = error.exit_code == EXIT_BAD_INPUT or isinstance(error, DivergedError)
+        return {"outcome": "failed", "why": str(error), "is_final": is_final}
     except Exception as error:
         log.exception("trial %s", run.config.name)
-        return {"outcome": "failed", "why": reason(error), "exit_code": EXIT_FAILED}
+        return {"outcome": "failed", "why": reason(error)}
     why = (folder.last_event("end") or {}).get("reason")
     return {"outcome": "done" if code == EXIT_DONE else "stopped", "why": why}
 

@@ -24,8 +24,9 @@ from ray.tune.schedulers import TrialScheduler as Scheduler
 from ray.tune.search import Searcher
 
 from modular_lm.config.sweep import SweepSettings
-from modular_lm.errors import EXIT_BAD_INPUT, RunFailedError, reason
+from modular_lm.errors import RunFailedError, reason
 from modular_lm.sweep.folder import SweepFolder
+from modular_lm.sweep.results import validation_loss
 from ray_jobs._room import Room
 from ray_jobs._trial import Job, result_of, train_trial
 
@@ -139,7 +140,7 @@ class Recorder(tune.Callback):
     """Writes how each trial stands, as Tune sees it start and end."""
 
     def __init__(self, folder: SweepFolder, total: int) -> None:
-        self._folder, self._total = folder, total
+        self._folder, self._total, self._n_done = folder, total, 0
         self.running: set[str] = set()
         self.ended: list[str] = []
         # Those that failed for a reason that another attempt would meet, too.
@@ -162,7 +163,7 @@ class Recorder(tune.Callback):
             self.interrupted.add(name)
             self._end(name, "pending", f"interrupted ({why}); the same command continues")
             return
-        if result.get("exit_code") == EXIT_BAD_INPUT:
+        if result.get("is_final"):
             self.hopeless.add(name)
         self._end(name, outcome, None if outcome == "done" else why)
 
@@ -175,8 +176,19 @@ class Recorder(tune.Callback):
         self._folder.update(name, status, why)
         self.running.discard(name)
         self.ended.append(name)
-        because = f" ({why})" if why else ""
-        log.info("%s: %s%s; %d of %d", name, status, because, len(self.ended), self._total)
+        if status == "pending":
+            log.info("%s: %s", name, why)
+            return
+        self._n_done += 1
+        about = why or self._loss(name)
+        about = f" ({about})" if about else ""
+        log.info("%s: %s%s; %d of %d", name, status, about, self._n_done, self._total)
+
+    def _loss(self, name: str) -> str | None:
+        """The last validation loss of a trial, for people."""
+        found = [validation_loss(line) for line in self._folder.run(name).eval_metrics]
+        losses = [loss for loss in found if loss is not None]
+        return f"loss {losses[-1]:.4f}" if losses else None
 
 
 def _cause(file: str | None) -> str:

@@ -22,7 +22,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """One rank of one attempt. loop_config: {"run": Run, "use_gpu": bool}.
 
     Returns {"step"} at which training ended; a failure that all ranks agree on is returned too, as
-    {"error", "exit_code"}, because Ray would take an exception for a crash and try again.
+    {"error"}, because Ray would take an exception for a crash.
     """
     run: Run = loop_config["run"]
     context = ray.train.get_context()
@@ -37,7 +37,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         with contextlib.closing(_steps(run, stream, world.data_rank)) as steps:
             outcome = train_rank(run, world, stream.start, steps, _report)
     except AgreedError as error:
-        return {"error": str(error), "exit_code": error.exit_code}
+        return {"error": error}
     return {"step": outcome.step}
 
 

@@ -17,7 +17,7 @@ from modular_lm.model.sizes import sizes_of
 TOLERANCE = 0.01
 """Trials that are to spend the same may differ by so much, for steps are whole numbers."""
 
-# Feed-forward widths that iso_parameters chooses among are multiples of this.
+# Feed-forward widths that iso_parameters chooses are multiples of this where one comes near enough.
 _WIDTH = 8
 _ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -107,13 +107,17 @@ def match_parameters(config: TrainConfig, wanted: int, vocab_size: int) -> dict[
     sizes = sizes_of(now)
     columns = 1 + len(now.module_names)
     per_unit = 3 * sizes.dim * sizes.n_layers * columns  # parameters per unit of width
-    width = sizes.ffn_dim + (wanted - parameters(now).total) / per_unit
-    width = max(_WIDTH, round(width / _WIDTH) * _WIDTH)
-    keys = {"ffn_dim_multiplier": width / int(8 * sizes.dim / 3), "multiple_of": _WIDTH}
-    found = parameters(resolved(dataclasses.replace(config.model, **keys))).total
-    if abs(found / wanted - 1) > TOLERANCE:
-        raise ConfigError(
-            f"sweep.iso_parameters: a feed-forward of {width} makes {found:,} parameters, the "
-            f"baseline has {wanted:,}; bring the sizes nearer together"
-        )
-    return {f"model.{key}": value for key, value in keys.items()}
+    exact = sizes.ffn_dim + (wanted - parameters(now).total) / per_unit
+    width = found = 0
+    for multiple in (_WIDTH, 1):
+        width = max(multiple, round(exact / multiple) * multiple)
+        # Half a unit above the width, so that no rounding of the product falls below it.
+        keys = {"ffn_dim_multiplier": (width + 0.5) / int(8 * sizes.dim / 3), "multiple_of": 1}
+        found = parameters(resolved(dataclasses.replace(config.model, **keys))).total
+        if abs(found / wanted - 1) <= TOLERANCE:
+            return {f"model.{key}": value for key, value in keys.items()}
+    raise ConfigError(
+        f"sweep.iso_parameters: the nearest feed-forward, of width {width}, makes {found:,} "
+        f"parameters, the baseline has {wanted:,}; allowed is {TOLERANCE:.0%}: use a larger "
+        "model.dim, or variants nearer to the baseline"
+    )

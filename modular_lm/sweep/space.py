@@ -92,6 +92,7 @@ def variants_of(sweep: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
     base: the values of a training run that the variants share, nested. Of a search, those that do
     not depend on results. Raises ConfigError.
     """
+    _check_conditions(sweep, base)
     if sweep.searcher == "optuna":
         first = range(drawn_at_random(sweep))
         return distinct(
@@ -198,6 +199,24 @@ def _with_digest(name: str, text: str) -> str:
 def _acts(swept: SweptConfig, current: Mapping[str, Any]) -> bool:
     """Whether the `when` of a key holds. current: full key -> value."""
     return all(current.get(key) in values for key, values in swept.when.items())
+
+
+def _check_conditions(sweep: SweepSettings, base: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a `when` that asks for what no variant has: a typo drops an axis."""
+    swept = _in_order(swept_keys(sweep))
+    arms = [current for _, _, current in _arms(sweep, base)]
+    for name, each in swept.items():
+        for key, wanted in each.when.items():
+            found = [current.get(key) for current in arms]
+            if key in swept and swept[key].kind in ("uniform", "loguniform"):
+                continue
+            found += swept[key].values if key in swept else []
+            if not any(value in wanted for value in found):
+                shown = ", ".join(dict.fromkeys(map(_text, found)))
+                raise ConfigError(
+                    f"sweep.params.{name}.when: holds in no variant, so {name} would not vary: "
+                    f"{key} is {shown}, and {', '.join(map(_text, wanted))} is asked for"
+                )
 
 
 def _in_order(swept: dict[str, SweptConfig]) -> dict[str, SweptConfig]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from modular_lm.config import TrainConfig
-from modular_lm.errors import EXIT_FAILED, AgreedError
+from modular_lm.errors import EXIT_FAILED, AgreedError, DivergedError
 from modular_lm.files import write_text_atomic
 from modular_lm.parallel import World
 from modular_lm.tracking.run_folder import RunFolder
@@ -143,7 +143,7 @@ class Stability:
         except AgreedError as error:  # not what the run ends for
             rows = f"could not be written ({error})"
         begin = step - self.streak + 1
-        raise AgreedError(
+        raise DivergedError(
             f"steps {begin}..{step}: loss or gradient was not finite {self.streak} times in a row "
             f"(optim.max_skipped={self._max_skipped}); no weight was changed by them; the "
             f"rows of step {step} (samples {first}..{last}) {rows}; the same command "

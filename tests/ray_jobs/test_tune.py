@@ -174,6 +174,25 @@ def test_only_a_rule_ends_a_trial_early_whatever_else_stops_it_has_interrupted_i
     assert (recorder.ended, recorder.running) == ([name], set())
 
 
+@pytest.mark.parametrize("is_final", [True, False])
+def test_what_would_fail_the_same_way_again_is_not_tried_again(
+    tmp_path: Path, is_final: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, plan = begun(tmp_path / "s", GRID, "sweep.seeds=[0]")
+    recorder = Recorder(folder, 2)
+    planned = plan.trials[:2]
+    names = [each.name for each in planned]
+    failure: dict[str, Any] = {"outcome": "failed", "why": "diverged", "is_final": is_final}
+    for each, last in zip(planned, (failure, {"outcome": "done"}), strict=True):
+        finish(folder, each, 2.5)
+        trial = SimpleNamespace(config={"trial": each.name}, last_result=last)
+        recorder.on_trial_start(0, [], trial)
+        recorder.on_trial_complete(0, [], trial)
+    assert recorder.hopeless == ({names[0]} if is_final else set())
+    assert f"{names[0]}: failed (diverged); 1 of 2" in caplog.text
+    assert f"{names[1]}: done (loss 2.5000); 2 of 2" in caplog.text
+
+
 DEAD = """Failure # 1 (occurred at 2026-01-01_00-00-00)
 The actor died unexpectedly before finishing this task.
 \tclass_name: ImplicitFunc
