@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from modular_lm.config.load import format_help, load_config
-from modular_lm.errors import EXIT_STOPPED, UserFacingError
+from modular_lm.errors import EXIT_FAILED, EXIT_STOPPED, UserFacingError
 from modular_lm.submission import check_lasting
 
 T = TypeVar("T")
@@ -45,18 +46,34 @@ def run_job(
         config, given = load_config(cls, args)
         check_lasting(config)
         code = job(config, given)
+        sys.stdout.flush()
     except UserFacingError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_STOPPED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        code = EXIT_FAILED
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         code = 1
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, as `| head` does; then it is let go,
+    so that Python's own last flush says nothing."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def leave(code: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from modular_lm.errors import (
     RunFailedError,
     UserFacingError,
 )
+from tests.support import REPO
 
 
 @dataclass
@@ -178,3 +180,27 @@ def test_with_a_file_only_warnings_reach_the_terminal(
     assert "quiet" not in shown
     assert "[rank 1] quiet" in written
     assert "[rank 1] loud" in written
+
+
+def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "from modular_lm.cli import run_job\n"
+        "from tests.test_cli import JobConfig\n"
+        "def job(config, given):\n"
+        "    print('a line\\n' * 10000)\n"
+        "    return 0\n"
+        "run_job(JobConfig, job, what='', usage='')\n"
+    )
+    read = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert read.stdout is not None
+    assert read.stderr is not None
+    read.stdout.readline()
+    read.stdout.close()
+    assert read.stderr.read() == b""
+    assert read.wait(60) == 1

@@ -111,6 +111,8 @@ def _split_args(args: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]
 
 
 def _load_yaml(path: str) -> dict[str, Any]:
+    if Path(path).is_dir():
+        raise ConfigError(f"config={path}: is a folder; expected a YAML file")
     if not Path(path).is_file():
         raise ConfigError(f"config={path}: no such file")
     try:

@@ -110,7 +110,9 @@ def difference_figure(summary: Mapping[str, Any]) -> Figure | None:
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"nats per token less {label(summary['baseline'], 20)}  (left is better)")
+    axes.set_xlabel(
+        f"loss minus that of {label(summary['baseline'], 20)}, nats per token  (left is better)"
+    )
     return figure
 
 

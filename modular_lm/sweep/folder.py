@@ -167,7 +167,7 @@ class SweepFolder:
         """Raises DataError where no sweep is."""
         try:
             definition = yaml.safe_load(self.definition.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"dir={self.path}: expected the folder of a sweep, with sweep.yaml in it"
             ) from None
