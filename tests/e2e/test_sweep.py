@@ -231,6 +231,40 @@ def test_halving_stops_a_bad_trial_and_says_so(jobs: Jobs, tmp_path: Path) -> No
     assert "sweep.scheduler=asha" in found[0].data.tags["end_reason"]
 
 
+@pytest.mark.chaos
+def test_the_median_stops_a_bad_trial_but_not_the_baseline(jobs: Jobs, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "median")
+    # Two at a time: when those that do not learn begin, three others have ended, which is enough.
+    good = "a: {}, b: {optim.lr: 2e-3}, c: {optim.lr: 4e-3}, d: {optim.lr: 5e-3}"
+    arms = f"{{{good}, bad: {{optim.lr: 1e-9}}, base: {{optim.lr: 0}}}}"
+    jobs.run(
+        "ray_jobs.sweep", *SMALL, "steps=120", "sweep.scheduler=median", "sweep.max_concurrent=2",
+        f"sweep.arms={arms}", "sweep.baseline=base", f"dump_dir={folder.path}",
+    )  # fmt: skip
+    assert standing(folder) == {
+        **{f"{arm}__seed-0": "done" for arm in ("a", "b", "c", "d", "base")},
+        "bad__seed-0": "stopped",
+    }
+    bad = folder.read("bad__seed-0")
+    assert bad is not None
+    assert bad["why"].startswith("sweep.scheduler=median: loss ")
+    end = folder.run("bad__seed-0").last_event("end")
+    assert end is not None
+    # It has saved where it was, after the grace.
+    assert (end["status"], end["reason"]) == ("stopped", bad["why"])
+    assert 0.3 * 120 <= end["step"] < 120
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "modular-lm"]
+    reasons = {
+        run.data.tags["sweep.arm"]: run.data.tags.get("end_reason")
+        for run in client.search_runs([experiment.experiment_id])
+        if "sweep.arm" in run.data.tags
+    }
+    assert reasons == {**dict.fromkeys(("a", "b", "c", "d", "base"), ""), "bad": bad["why"]}
+    summary = json.loads(folder.report("json").read_text())
+    assert [each["trial"] for each in summary["excluded"]] == ["bad__seed-0"]
+
+
 def test_mistakes_exit_2_with_nothing_created(plain_jobs: Jobs, tmp_path: Path) -> None:
     where = f"dump_dir={tmp_path / 'sweep'}"
     for argument, named in {
