@@ -1,15 +1,18 @@
-"""What `dry_run=true` prints of a sweep: its trials, with steps and cost."""
+"""What `dry_run=true` prints of a sweep: its trials, with steps, cost and memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from modular_lm.config.checks import warnings_of
+from modular_lm.config.checks import warnings_of, world_sizes
 from modular_lm.config.sweep import sweep_warnings
+from modular_lm.model.memory import memory_estimate
 from modular_lm.sweep.search import ROUND
 from modular_lm.sweep.space import drawn_at_random
 from modular_lm.sweep.tables import number
 from modular_lm.sweep.trials import Arm, Plan
+
+_MIB = 2**20
 
 
 def describe(plan: Plan) -> str:
@@ -18,7 +21,7 @@ def describe(plan: Plan) -> str:
     width = max(len(arm.name) for arm in plan.arms)
     head = (
         f"{'variant':<{width}}  {'steps':>8}  {'tokens/step':>11}  {'tokens':>9}  "
-        f"{'parameters':>12}  {'FLOPs/token':>11}  {'FLOPs':>9}"
+        f"{'parameters':>12}  {'FLOPs/token':>11}  {'FLOPs':>9}  {'MiB/worker':>10}"
     )
     lines = [head, *(_line(arm, width) for arm in plan.arms), ""]
     runs = [arm for arm in plan.arms if arm.cost and arm.steps]
@@ -54,11 +57,13 @@ def _of_variants(plan: Plan) -> dict[str, list[str]]:
 
 
 def _line(arm: Arm, width: int) -> str:
-    if arm.cost is None or arm.steps is None:
+    if arm.config is None or arm.cost is None or arm.steps is None:
         return f"{arm.name:<{width}}  cannot be trained: {arm.why}"
     tokens = arm.steps * arm.cost.tokens_per_step
+    # Of the fewest workers, each of which has the most to hold.
+    memory = memory_estimate(arm.config, world_sizes(arm.config.ray)[0]).total
     return (
         f"{arm.name:<{width}}  {arm.steps:>8,}  {arm.cost.tokens_per_step:>11,}  {tokens:>9.4g}  "
         f"{arm.cost.parameters:>12,}  {arm.cost.flops_per_token:>11.4g}  "
-        f"{arm.steps * arm.cost.flops_per_step:>9.4g}"
+        f"{arm.steps * arm.cost.flops_per_step:>9.4g}  {memory / _MIB:>10,.0f}"
     )
