@@ -25,10 +25,10 @@ from modular_lm.data.dataset import check_sources, source_names
 from modular_lm.data.manifest import Manifest
 from modular_lm.errors import UserFacingError, reason
 from modular_lm.model.flops import parameters, trained_matrices, trained_parameters
+from modular_lm.model.memory import memory_estimate
 from modular_lm.submission import check_lasting
 from modular_lm.tokenizer import Tokenizer, build_tokenizer
 from modular_lm.tracking.run_folder import RunFolder
-from modular_lm.train.dry_run import memory_estimate
 from modular_lm.train.inventory import (
     COMPLETE,
     checkpoints_of,

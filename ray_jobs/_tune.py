@@ -209,7 +209,8 @@ def _cause(file: str | None) -> str:
 class _Asks:
     """A rule of Tune whose decision to stop becomes a request to the run, which saves and ends.
 
-    Tune itself would kill the trial's process, and leave its workers to be found by others.
+    Tune itself would kill the trial's process, and leave its workers to be found by others. Nor is
+    a trial paused, as the median would until it knows others: what is not saved would be lost.
 
     spared: trials of the baseline, which the others are compared with: the rule knows their results
     and stops none of them; asked: those that it has stopped, or that ended before
@@ -279,8 +280,7 @@ def stop_rule(
     if settings.scheduler == "asha":
         rule = Asha(max_t=most, reduction_factor=_REDUCTION, stop_last_trials=False, **common)
     else:
-        # Never pauses a trial, which would lose what it has not saved.
-        rule = Median(min_samples_required=_ENOUGH_FOR_A_MEDIAN, min_time_slice=most + 1, **common)
+        rule = Median(min_samples_required=_ENOUGH_FOR_A_MEDIAN, **common)
     records = {name: folder.read(name) or {} for name in jobs}
     rule.spared = {name for name, record in records.items() if record.get("baseline")}
     rule.asked, rule.rule, rule.folder = set(), settings.scheduler, folder

@@ -33,9 +33,10 @@ from modular_lm.errors import (
 )
 from modular_lm.files import Locked, lock
 from modular_lm.sweep.dry_run import describe
-from modular_lm.sweep.folder import SweepFolder
+from modular_lm.sweep.folder import Status, SweepFolder
+from modular_lm.sweep.pilots import unmeasured, with_seconds
 from modular_lm.sweep.search import grown
-from modular_lm.sweep.trials import Plan, Trial, plan_sweep
+from modular_lm.sweep.trials import Arm, Plan, Trial, plan_sweep
 from modular_lm.tracking.mlflow_sweep import MlflowSweep
 from modular_lm.tracking.run_folder import RunFolder
 from modular_lm.train.driver import stop_on_signals
@@ -59,7 +60,7 @@ def main(config: SweepConfig, given: dict[str, Any]) -> int:
     resolved, tokenizer = resolve_config(from_dict(TrainConfig, plan.first_of_baseline.given))
     check_sources(resolved.data, tokenizer)
     if config.dry_run:
-        print(describe(plan))
+        print(describe(with_seconds(plan)))
         return EXIT_DONE
     for warning in sweep_warnings(config.sweep):
         log.warning(warning)
@@ -94,14 +95,45 @@ class Sweep:
         )
 
     def grow(self) -> bool:
-        """Have the folder hold the trials of the plan; of a search, with those that can be
-        suggested now. Returns whether the plan has become another one.
+        """Have the folder hold the trials of the plan, with the steps of those that were
+        measured; of a search, with those that can be suggested now. Returns whether any were.
         """
         before = self.plan
         if self.plan.settings.searcher == "optuna":
             self.plan = grown(self._defined, self.folder, self._has_ended)
+        else:
+            self.plan = with_seconds(self._defined)
         self.folder.begin(self.plan, self._config)
         return self.plan.unsuggested < before.unsuggested
+
+    def measure(self) -> None:
+        """Run the pilots that are to come; where one fails, the trials that wait for it do."""
+        from ray_jobs._pilots import run_pilot
+
+        for arms in unmeasured(self.plan):
+            if self.requests.stop_requested():
+                break
+            try:
+                seconds = run_pilot(self.plan, arms[0], self.requests)
+            # As of a trial, whatever it is: the others must not end with it.
+            except Exception as error:
+                if not isinstance(error, UserFacingError):
+                    log.exception("pilot of %s", arms[0].name)
+                self._without_steps(arms, "failed", f"its pilot: {reason(error)}")
+                continue
+            if seconds is not None:
+                self.folder.measured(arms[0].name, seconds)
+            elif not self.requests.stop_requested():
+                why = "its pilot was stopped; the same command continues"
+                self._without_steps(arms, "pending", why)
+        self.grow()
+
+    def _without_steps(self, arms: list[Arm], status: Status, why: str) -> None:
+        for trial in (
+            self.plan.trial(arm, seed) for arm in arms for seed in self.plan.settings.seeds
+        ):
+            self.folder.update(trial.name, status, why)
+            (self._hopeless if status == "failed" else self._interrupted).add(trial.name)
 
     def is_unfinished(self) -> bool:
         """Whether this command, or the next one, has something left to do."""
@@ -256,6 +288,7 @@ def _run(sweep: Sweep) -> None:
 
         use_gpu(largest)  # GPUs that are missing are a mistake of the sweep, not of its trials
         sweep.begin()
+        sweep.measure()
         while not sweep.requests.stop_requested() and (jobs := sweep.jobs()):
             log.info("%d trials, at most %d at a time", len(jobs), min(at_most, len(jobs)))
             room = Room(jobs, at_most, settings.max_concurrent)

@@ -17,7 +17,7 @@ from modular_lm.config.load import from_dict, leaf_keys, number_kind, set_key
 from modular_lm.config.schema import TrainConfig
 from modular_lm.errors import ConfigError
 
-Budget = Literal["tokens", "flops", "steps"]
+Budget = Literal["tokens", "flops", "steps", "wall"]
 StopRule = Literal["none", "asha", "median"]
 TimeAxis = Literal["tokens", "flops"]
 Searcher = Literal["grid", "random", "optuna"]
@@ -79,11 +79,14 @@ class SweepSettings:
         None, "the variant that all others are compared with; default: dense, else the first"
     )
     budget: Budget = key(
-        "flops", "what is the same for all trials; the number of steps follows from it"
+        "flops",
+        "what is the same for all trials; the number of steps follows from it; wall: seconds of "
+        "training alone, by a short pilot run of each variant",
     )
     amount: float | None = key(
         None,
-        "what a trial may spend: tokens, FLOPs or steps; default: what `steps` cost the baseline",
+        "what a trial may spend: tokens, FLOPs, steps or (required then) seconds; default: what "
+        "`steps` cost the baseline",
         gt=0,
     )
     iso_parameters: bool = key(
@@ -199,6 +202,16 @@ def check_sweep(sweep: SweepSettings) -> None:
         raise ConfigError(f"sweep.amount={sweep.amount}: expected a finite number")
     if sweep.budget == "steps" and sweep.amount is not None and not sweep.amount.is_integer():
         raise ConfigError(f"sweep.amount={sweep.amount}: expected a whole number of steps")
+    if sweep.budget == "wall" and sweep.amount is None:
+        raise ConfigError(
+            "sweep.amount: is required with sweep.budget=wall; give the seconds of training of a "
+            "trial, without validation and saving"
+        )
+    if sweep.budget == "wall" and sweep.searcher == "optuna":
+        raise ConfigError(
+            "sweep.budget=wall: cannot be with sweep.searcher=optuna, each of whose suggestions "
+            "would need a pilot of its own; use flops"
+        )
 
 
 def sweep_warnings(sweep: SweepSettings) -> list[str]:
@@ -207,6 +220,11 @@ def sweep_warnings(sweep: SweepSettings) -> list[str]:
     if len(sweep.seeds) < 3:
         found.append(
             f"sweep.seeds={sweep.seeds}: with fewer than three seeds the report has no p-values"
+        )
+    if sweep.budget == "wall":
+        found.append(
+            "sweep.budget=wall: seconds depend on the machine, on what else runs on it and on how "
+            "many trials run at a time (sweep.max_concurrent); the fair budget is flops"
         )
     if sweep.scheduler != "none":
         found.append(

@@ -1,15 +1,20 @@
-"""What `dry_run=true` prints of a sweep: its trials, with steps and cost."""
+"""What `dry_run=true` prints of a sweep: its trials, with steps, cost and memory."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
-from modular_lm.config.checks import warnings_of
+from modular_lm.config.checks import warnings_of, world_sizes
 from modular_lm.config.sweep import sweep_warnings
+from modular_lm.model.memory import memory_estimate
+from modular_lm.sweep.pilots import PILOT_STEPS, unmeasured
 from modular_lm.sweep.search import ROUND
 from modular_lm.sweep.space import drawn_at_random
-from modular_lm.sweep.tables import number
+from modular_lm.sweep.tables import UNITS, number
 from modular_lm.sweep.trials import Arm, Plan
+
+_MIB = 2**20
 
 
 def describe(plan: Plan) -> str:
@@ -18,19 +23,22 @@ def describe(plan: Plan) -> str:
     width = max(len(arm.name) for arm in plan.arms)
     head = (
         f"{'variant':<{width}}  {'steps':>8}  {'tokens/step':>11}  {'tokens':>9}  "
-        f"{'parameters':>12}  {'FLOPs/token':>11}  {'FLOPs':>9}"
+        f"{'parameters':>12}  {'FLOPs/token':>11}  {'FLOPs':>9}  {'MiB/worker':>10}"
     )
     lines = [head, *(_line(arm, width) for arm in plan.arms), ""]
-    runs = [arm for arm in plan.arms if arm.cost and arm.steps]
+    runs = [arm for arm in plan.arms if arm.cost]
     flops = sum(arm.cost.flops_per_step * arm.steps for arm in runs if arm.cost and arm.steps)
     rows = {
         "folder": str(plan.folder),
         "baseline": plan.baseline,
-        "each may spend": f"{number(plan.amount, '{:.4g}')} {settings.budget}",
+        "each may spend": f"{number(plan.amount, '{:.4g}')} {UNITS[settings.budget]}",
         "seeds": ", ".join(map(str, seeds)),
         "trials": f"{len(runs) * len(seeds):,}",
-        "FLOPs in all": f"{flops * len(seeds):.4g}",
     }
+    if pilots := len(unmeasured(plan)):
+        rows["steps"] = f"follow from pilots of {PILOT_STEPS} steps; {pilots:,} are to come"
+    else:
+        rows["FLOPs in all"] = f"{flops * len(seeds):.4g}"
     if plan.unsuggested:
         first, after = drawn_at_random(settings), plan.unsuggested * len(seeds)
         rows["search"] = (
@@ -47,18 +55,23 @@ def _of_variants(plan: Plan) -> dict[str, list[str]]:
     """What their runs would warn of -> the variants that do."""
     found: dict[str, list[str]] = {}
     for arm in plan.arms:
-        if arm.config and arm.steps:
-            for text in warnings_of(replace(arm.config, steps=arm.steps)):
+        if arm.config:
+            # Before a pilot nothing can be said of what does not fit into the steps.
+            for text in warnings_of(replace(arm.config, steps=arm.steps or sys.maxsize)):
                 found.setdefault(text, []).append(arm.name)
     return found
 
 
 def _line(arm: Arm, width: int) -> str:
-    if arm.cost is None or arm.steps is None:
+    if arm.config is None or arm.cost is None:
         return f"{arm.name:<{width}}  cannot be trained: {arm.why}"
-    tokens = arm.steps * arm.cost.tokens_per_step
+    cost, steps = arm.cost, arm.steps
+    # Of the fewest workers, each of which has the most to hold.
+    memory = memory_estimate(arm.config, world_sizes(arm.config.ray)[0]).total
     return (
-        f"{arm.name:<{width}}  {arm.steps:>8,}  {arm.cost.tokens_per_step:>11,}  {tokens:>9.4g}  "
-        f"{arm.cost.parameters:>12,}  {arm.cost.flops_per_token:>11.4g}  "
-        f"{arm.steps * arm.cost.flops_per_step:>9.4g}"
+        f"{arm.name:<{width}}  {number(steps, '{:,}') or '?':>8}  {cost.tokens_per_step:>11,}  "
+        f"{number(steps and steps * cost.tokens_per_step, '{:.4g}') or '?':>9}  "
+        f"{cost.parameters:>12,}  {cost.flops_per_token:>11.4g}  "
+        f"{number(steps and steps * cost.flops_per_step, '{:.4g}') or '?':>9}  "
+        f"{memory / _MIB:>10,.0f}"
     )

@@ -3,6 +3,7 @@
     sweep.yaml                resolved definition: all keys, also those of sweep.base
     trials/<trial>/           an ordinary run folder (`tracking.run_folder`), and in it
         trial.json            what the trial is, and how it stands (below)
+    pilots/<arm>/             of sweep.budget=wall: the run folder of what was measured
     report.html report.md     written by `report`, again and again
     report.json pictures/     the same as data, and the report's pictures
     events.jsonl ray/         signals that asked it to stop; Ray Tune's files, lock, stop request
@@ -15,6 +16,7 @@
                               not of the sweep while that is so
     values                    {full key: value} as swept; keys: with what iso_parameters adds
     budget, amount            what the trial may spend; steps: what follows from it
+    seconds_per_step          of sweep.budget=wall, what its pilot took; null, as steps, before it
     baseline                  whether the others are compared with its arm
     tokens_per_step, flops_per_token, parameters, ffn_dim, cache_bytes_per_token
                               its cost (`budget.Cost`), null where it cannot run
@@ -96,6 +98,10 @@ class SweepFolder:
         """The run folder of a trial."""
         return RunFolder(self.path / "trials" / trial)
 
+    def pilot(self, arm: str) -> RunFolder:
+        """The run folder of a variant's pilot."""
+        return RunFolder(self.path / "pilots" / arm)
+
     def trial_file(self, trial: str) -> Path:
         return self.run(trial).path / "trial.json"
 
@@ -131,6 +137,12 @@ class SweepFolder:
             "failures": record["failures"] + (status == "failed"),
         }
         self.write({**record, "status": status, "why": why, **counts})
+
+    def measured(self, arm: str, seconds: float) -> None:
+        """Record what a step of a variant takes."""
+        for record in self.records():
+            if record["arm"] == arm:
+                self.write({**record, "seconds_per_step": seconds})
 
     def read(self, trial: str) -> dict[str, Any] | None:
         """The `trial.json` of a trial, None without one. Raises DataError for an unreadable one."""
@@ -210,6 +222,7 @@ def describe(plan: Plan, trial: Trial) -> dict[str, Any]:
         "budget": plan.settings.budget,
         "amount": plan.amount,
         "steps": arm.steps,
+        "seconds_per_step": arm.seconds_per_step,
         "baseline": arm.name == plan.baseline,
         **cost,
         "given": trial.given,
@@ -241,7 +254,7 @@ def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
             f"dump_dir={folder}: its trial {old['name']} is of another version: {error}; use "
             "another dump_dir (or name)"
         ) from error
-    # What could not run had no steps, and may run now.
+    # What could not run, or was not measured, had no steps, and may have some now.
     changed = [
         key
         for key in {**before, **after}

@@ -18,6 +18,7 @@ cut or tokenized otherwise. `report.json`:
         untested         why there is no p, of all but the baseline
         documents        seed -> {mean, low, high, n}: the same within a seed, over documents
         tokens_per_second, memory_mib, memory_kind
+        seconds          of training that a trial took, the mean over those that are done
         flops_per_token, parameters, ffn_dim, cache_bytes_per_token
         pareto           whether no other arm has both a lower loss and a smaller cache; of arms
                          that are comparable and have all seeds
@@ -133,6 +134,7 @@ def _arm(
     steps, per_step = record["steps"], record.get("tokens_per_step")
     tokens = steps * per_step if steps and per_step else None
     speeds = [each.tokens_per_second for each in done if each.tokens_per_second]
+    took = [each.seconds.values[-1] for each in done if each.seconds.values.size]
     memory = [each.memory_mib for each in done if each.memory_mib]
     model = next((each.model for each in trials if each.model), {})
     return {
@@ -152,6 +154,7 @@ def _arm(
         "untested": untested,
         "documents": documents,
         "tokens_per_second": float(np.mean(speeds)) if speeds else None,
+        "seconds": float(np.mean(took)) if took else None,
         "memory_mib": max(memory, default=None),
         "memory_kind": next((each.memory_kind for each in done), None),
         **{key: record.get(key) for key in _COSTS},
@@ -241,7 +244,7 @@ def _adjust(arms: Sequence[dict[str, Any]], to_come: int) -> None:
     failed. Those that no run can take are known before there is any result, and are not in it.
     to_come: variants that a search will yet suggest.
     """
-    planned = [arm["difference"] for arm in arms if not arm["baseline"] and arm["steps"]]
+    planned = [arm["difference"] for arm in arms if not arm["baseline"] and arm["parameters"]]
     p_values = [difference["p"] if difference else None for difference in planned]
     adjusted = holm([1.0 if p is None else p for p in p_values] + [1.0] * to_come)
     for difference, p, p_holm in zip(planned, p_values, adjusted, strict=False):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEVEL = 0.05
-_UNITS = {"tokens": "tokens", "flops": "FLOPs", "steps": "steps"}
+UNITS = {"tokens": "tokens", "flops": "FLOPs", "steps": "steps", "wall": "seconds of training"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,16 @@ def headline(summary: Mapping[str, Any]) -> str:
     lost = sum(each["status"] == "done" for each in summary["excluded"])
     done = sum(arm["done"] for arm in arms) + lost
     total = sum(arm["trials"] for arm in arms)
-    unit = _UNITS[summary["budget"]]
+    unit = UNITS[summary["budget"]]
     amount = number(summary["amount"], "{:,.0f}" if (summary["amount"] or 0) < 1e9 else "{:.4g}")
     text = (
         f"{done} of {total} trials are done{f' ({lost} without a loss)' if lost else ''}: "
         f"{len(arms)} variants, seeds {', '.join(map(str, seeds))}. "
         f"Each may spend {amount} {unit}"
     )
+    took = [arm["seconds"] for arm in arms if arm["seconds"] is not None]
+    if summary["budget"] == "wall" and took:
+        text += f", by pilots; the variants took {min(took):,.4g} to {max(took):,.4g}"
     if summary["flops_spread"] is not None:
         text += f"; in FLOPs the trials that are done differ by {summary['flops_spread']:.2%}"
     if summary["iso_parameters"]:
@@ -129,6 +132,11 @@ def how_to_read(summary: Mapping[str, Any]) -> list[str]:
         "Tokens/s and memory are measured, and hold for the machine and for what else ran on it. "
         "Memory: the highest figure in the metrics lines, " + _memory(summary) + ".",
     ]
+    if summary["budget"] == "wall":
+        lines.append(
+            "Seconds: the steps of a variant are the budget over what a step took in a pilot that "
+            "ran alone. What trials took is more by their first steps and by what ran beside them."
+        )
     if summary["searcher"] == "optuna":
         lines.append(
             "Variants were suggested by what the losses of others said: the best of them looks "

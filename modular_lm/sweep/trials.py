@@ -53,7 +53,8 @@ class Arm:
 
     keys: all that distinguishes its runs from the base's, `values` and what iso_parameters adds
     config: resolved, with the base's seed and steps; None where it cannot run: `why` says so
-    steps: None without config
+    steps: None without config, and before a pilot (`pilots`)
+    seconds_per_step: as a pilot took, of a budget of seconds
     suggestions: of a search, those that it is the trial of
     """
 
@@ -62,6 +63,7 @@ class Arm:
     keys: dict[str, Any]
     config: TrainConfig | None
     steps: int | None = None
+    seconds_per_step: float | None = None
     why: str | None = None
     suggestions: tuple[Suggestion, ...] = ()
 
@@ -258,7 +260,7 @@ def _matched(base: Mapping[str, Any], arm: Arm, baseline: Arm) -> Arm:
 
 
 def _with_steps(arm: Arm, settings: SweepSettings, amount: float) -> Arm:
-    if arm.cost is None:
+    if arm.cost is None or settings.budget == "wall":
         return arm
     return replace(arm, steps=steps_within(amount, unit_per_step(settings.budget, arm.cost)))
 

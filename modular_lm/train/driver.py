@@ -49,7 +49,8 @@ def drive(
     say = print if alone else log.info
     if run.is_complete:
         say(f"{run.config.name} is complete: step {run.done_steps} of {run.stop_step}")
-        say(where_things_are(run))
+        if alone:
+            print(where_things_are(run))
         # The driver may have died before its last lines, or MLflow been away.
         run.record_checkpoints()
         end_attempt(run.folder, "lost", "its driver was killed")
@@ -83,7 +84,8 @@ def drive(
         follower.stop()
     if not complete:
         say(f"stopped at step {run.done_steps} ({stopped}); the same command continues")
-    say(where_things_are(run))
+    if alone:
+        print(where_things_are(run))
     return code
 
 

@@ -215,6 +215,40 @@ def test_a_trial_whose_process_is_killed_is_tried_again(
 
 
 @pytest.mark.chaos
+def test_seconds_become_steps_by_pilots_also_after_a_stop(jobs: Jobs, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "seconds")
+    bad = "sweep.arms.bad={distributed.attn_impl: xformers}"  # which a CPU cannot
+    arms = "sweep.arms={dense: {}, drop: {model.module_seq_len: 32}, low: {optim.lr: 1.0e-4}}"
+    wall = ["sweep.budget=wall", "sweep.amount=2", arms, "model.module_agg=drop", bad]
+    arguments = [*SMALL, *wall, f"dump_dir={folder.path}"]
+    job = jobs.start("ray_jobs.sweep", *arguments)
+    second = folder.pilot("drop").metrics.path
+    wait_until(lambda: second.exists() or job.poll() is not None, "the second pilot")
+    job.send_signal(signal.SIGTERM)
+    assert "the same command continues" in finish(job, code=3)
+    first = folder.pilot("dense").metrics.path.read_bytes()
+    assert set(standing(folder).values()) == {"pending"}
+    output = jobs.run("ray_jobs.sweep", *arguments, code=1)
+    assert "failed: bad__seed-0: its pilot: " in output
+    assert not any(line.startswith("Traceback") for line in output.splitlines())
+    assert folder.pilot("dense").metrics.path.read_bytes() == first
+    trials = {trial["arm"]: trial for trial in folder.trials()}
+    assert trials["dense"]["steps"] == trials["low"]["steps"]
+    assert not folder.pilot("low").path.exists()
+    for arm in ("dense", "drop", "low"):
+        trial = trials[arm]
+        assert trial["status"] == "done"
+        assert trial["steps"] == max(1, round(2 / trial["seconds_per_step"]))
+        assert [*folder.run(trial["name"]).metrics][-1]["global_step"] == trial["steps"]
+    for arm in ("dense", "drop"):
+        assert not (folder.pilot(arm).path / "checkpoints").exists()
+        assert not list(folder.pilot(arm).eval_metrics)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "modular-lm"]
+    assert len(client.search_runs([experiment.experiment_id])) == 1 + 3
+
+
+@pytest.mark.chaos
 def test_halving_stops_a_bad_trial_and_says_so(jobs: Jobs, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "halved")
     jobs.run(
@@ -229,6 +263,40 @@ def test_halving_stops_a_bad_trial_and_says_so(jobs: Jobs, tmp_path: Path) -> No
     (experiment,) = [e for e in client.search_experiments() if e.name == "modular-lm"]
     found = client.search_runs([experiment.experiment_id], "tags.`sweep.arm` = 'stack'")
     assert "sweep.scheduler=asha" in found[0].data.tags["end_reason"]
+
+
+@pytest.mark.chaos
+def test_the_median_stops_a_bad_trial_but_not_the_baseline(jobs: Jobs, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "median")
+    # Two at a time: when those that do not learn begin, three others have ended, which is enough.
+    good = "a: {}, b: {optim.lr: 2e-3}, c: {optim.lr: 4e-3}, d: {optim.lr: 5e-3}"
+    arms = f"{{{good}, bad: {{optim.lr: 1e-9}}, base: {{optim.lr: 0}}}}"
+    jobs.run(
+        "ray_jobs.sweep", *SMALL, "steps=120", "sweep.scheduler=median", "sweep.max_concurrent=2",
+        f"sweep.arms={arms}", "sweep.baseline=base", f"dump_dir={folder.path}",
+    )  # fmt: skip
+    assert standing(folder) == {
+        **{f"{arm}__seed-0": "done" for arm in ("a", "b", "c", "d", "base")},
+        "bad__seed-0": "stopped",
+    }
+    bad = folder.read("bad__seed-0")
+    assert bad is not None
+    assert bad["why"].startswith("sweep.scheduler=median: loss ")
+    end = folder.run("bad__seed-0").last_event("end")
+    assert end is not None
+    # It has saved where it was, after the grace.
+    assert (end["status"], end["reason"]) == ("stopped", bad["why"])
+    assert 0.3 * 120 <= end["step"] < 120
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "modular-lm"]
+    reasons = {
+        run.data.tags["sweep.arm"]: run.data.tags.get("end_reason")
+        for run in client.search_runs([experiment.experiment_id])
+        if "sweep.arm" in run.data.tags
+    }
+    assert reasons == {**dict.fromkeys(("a", "b", "c", "d", "base"), ""), "bad": bad["why"]}
+    summary = json.loads(folder.report("json").read_text())
+    assert [each["trial"] for each in summary["excluded"]] == ["bad__seed-0"]
 
 
 def test_mistakes_exit_2_with_nothing_created(plain_jobs: Jobs, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from modular_lm.config.checks import flatten, global_batch_size, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.errors import ConfigError
 from modular_lm.model.flops import flops_per_token, parameters
+from modular_lm.model.memory import memory_estimate
 from modular_lm.sweep.budget import check_spread
 from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.trials import Plan, plan_sweep
@@ -219,6 +220,12 @@ def test_a_dry_run_says_what_a_step_costs_and_what_the_runs_would_warn_of() -> N
     cost = made.arms[0].cost
     assert cost is not None
     assert {f"{cost.tokens_per_step:,}", f"{cost.flops_per_token:.4g}"} <= set(dense.split())
+    # Of the fewest workers, who have the most to hold.
+    elastic = describe(plan(ARMS, "ray.num_workers=[2,4]")).splitlines()
+    assert made.arms[0].config is not None
+    need = memory_estimate(made.arms[0].config, 2).total / 2**20
+    assert head.split()[-1] == "MiB/worker"
+    assert dense.split()[-1] == elastic[1].split()[-1] == f"{need:,.0f}"
     assert "warning: odd: model.module_agg=avg cannot act" in text
     # Of its own number of steps.
     assert (

@@ -19,9 +19,10 @@ from modular_lm.errors import ConfigError
 from modular_lm.model.columns import freeze
 from modular_lm.model.flops import flops_per_token
 from modular_lm.model.lm import LanguageModel
+from modular_lm.model.memory import Memory, memory_estimate
 from modular_lm.optim import build_optimizers
 from modular_lm.sweep.trials import plan_sweep
-from modular_lm.train.dry_run import Memory, describe, memory_estimate
+from modular_lm.train.dry_run import describe
 from ray_jobs import sweep, train
 from tests.support import REPO
 
