@@ -136,7 +136,11 @@ def swept_keys(sweep: SweepSettings) -> dict[str, SweptConfig]:
     for name, spec in specs.items():
         path = f"sweep.params.{name}"
         if not isinstance(spec, dict):
-            raise ConfigError(f"{path}={spec}: expected how it varies, e.g. {{grid: [{spec}]}}")
+            hint = closest(name.rpartition(".")[2], sorted(kinds))
+            values = spec if isinstance(spec, list) else [spec]
+            raise ConfigError(
+                f"{path}={spec}: expected how it varies, e.g. {{grid: {values}}}{hint}"
+            )
         if isinstance(when := spec.get("when"), dict):
             spec = {**spec, "when": _flat(when, lambda *_: False)}
         swept = from_dict(SweptConfig, spec, f"{path}.")

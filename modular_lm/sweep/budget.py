@@ -19,6 +19,11 @@ TOLERANCE = 0.01
 
 # Feed-forward widths that iso_parameters chooses are multiples of this where one comes near enough.
 _WIDTH = 8
+# Half a step of a hundred, up for one and down for another, is one in a hundred.
+_FINER = (
+    "choose more `steps`, or a larger sweep.amount where that is given (100 steps of each variant "
+    "are always enough), or smaller steps (data.batch_size, grad_acc_steps)"
+)
 _ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -79,15 +84,13 @@ def check_spread(spent: Mapping[str, float], budget: Budget, amount: float) -> N
     if spread > TOLERANCE:
         raise ConfigError(
             f"sweep.amount: whole steps let {most} spend {spent[most]:.4g} {budget} and {least} "
-            f"{spent[least]:.4g}, {spread:.1%} apart; allowed are {TOLERANCE:.0%}: choose a larger "
-            "amount, or smaller steps (data.batch_size, grad_acc_steps)"
+            f"{spent[least]:.4g}, {spread:.1%} apart; allowed are {TOLERANCE:.0%}: {_FINER}"
         )
     furthest = max(least, most, key=lambda name: abs(spent[name] - amount))
     if abs(spent[furthest] / amount - 1) > TOLERANCE:
         raise ConfigError(
             f"sweep.amount={amount:.4g}: whole steps let {furthest} spend {spent[furthest]:.4g} "
-            f"{budget}; allowed are {TOLERANCE:.0%} more or less: choose a larger amount, or "
-            "smaller steps (data.batch_size, grad_acc_steps)"
+            f"{budget}; allowed are {TOLERANCE:.0%} more or less: {_FINER}"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from modular_lm.config.checks import warnings_of, world_sizes
 from modular_lm.config.sweep import sweep_warnings
 from modular_lm.model.memory import memory_estimate
+from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.pilots import PILOT_STEPS, unmeasured
 from modular_lm.sweep.search import ROUND
 from modular_lm.sweep.space import drawn_at_random
@@ -18,7 +19,10 @@ _MIB = 2**20
 
 
 def describe(plan: Plan) -> str:
-    """A line for each variant, then what the sweep takes in all."""
+    """A line for each variant, then what the sweep takes in all.
+
+    Raises ConfigError where its folder holds a sweep that it cannot continue.
+    """
     settings, seeds = plan.settings, plan.settings.seeds
     width = max(len(arm.name) for arm in plan.arms)
     head = (
@@ -33,7 +37,7 @@ def describe(plan: Plan) -> str:
         "baseline": plan.baseline,
         "each may spend": f"{number(plan.amount, '{:.4g}')} {UNITS[settings.budget]}",
         "seeds": ", ".join(map(str, seeds)),
-        "trials": f"{len(runs) * len(seeds):,}",
+        "trials": f"{len(runs) * len(seeds):,}{_so_far(plan)}",
     }
     if pilots := len(unmeasured(plan)):
         rows["steps"] = f"follow from pilots of {PILOT_STEPS} steps; {pilots:,} are to come"
@@ -49,6 +53,13 @@ def describe(plan: Plan) -> str:
     lines += [f"warning: {text}" for text in sweep_warnings(settings)]
     lines += [f"warning: {', '.join(names)}: {text}" for text, names in _of_variants(plan).items()]
     return "\n".join(lines)
+
+
+def _so_far(plan: Plan) -> str:
+    """How many are done. Raises ConfigError where the folder holds others of the same names."""
+    wanted, known = SweepFolder(plan.folder).check(plan)
+    done = sum(known[name]["status"] == "done" for name in wanted if name in known)
+    return f", {done:,} of them done" if known else ""
 
 
 def _of_variants(plan: Plan) -> dict[str, list[str]]:

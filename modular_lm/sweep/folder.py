@@ -110,14 +110,9 @@ class SweepFolder:
 
         Trials that are there keep their state: the same sweep again goes on, and one with further
         variants or seeds adds them. Those whose variant or seed it has no more are marked so.
-        Raises ConfigError, before anything is written, where a trial of the same name was something
-        else.
+        Raises ConfigError, before anything is written, as `check` does.
         """
-        records = {trial.name: describe(plan, trial) for trial in plan.trials}
-        known = {record["name"]: record for record in self.records()}
-        for name, record in records.items():
-            if name in known:
-                _check_same(self.path, known[name], record)
+        records, known = self.check(plan)
         self.path.mkdir(parents=True, exist_ok=True)
         for name, old in known.items():
             if name not in records:
@@ -126,6 +121,18 @@ class SweepFolder:
         for name, record in records.items():
             old = known.get(name, record)
             self.write({**record, **{key: old[key] for key in _STATE}})
+
+    def check(self, plan: Plan) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """What `trial.json` files the plan asks for and which are there, by the trials' names.
+
+        Raises ConfigError where a trial of the same name was something else.
+        """
+        records = {trial.name: describe(plan, trial) for trial in plan.trials}
+        known = {record["name"]: record for record in self.records()}
+        for name, record in records.items():
+            if name in known:
+                _check_same(self.path, known[name], record)
+        return records, known
 
     def update(self, trial: str, status: Status, why: str | None = None) -> None:
         """Record how a trial stands: `running` counts an attempt, `failed` a failure."""
@@ -264,6 +271,8 @@ def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     if changed:
         key = changed[0]
         what = f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        if key == "steps" and old["amount"] != new["amount"]:
+            what += f" (sweep.amount={old['amount']!r} gives those that it had)"
         if new["why"] and not old["why"]:
             what = f"it cannot be trained any more: {new['why']}"
         raise ConfigError(

@@ -19,7 +19,7 @@ from modular_lm.sweep.budget import check_spread
 from modular_lm.sweep.dry_run import describe
 from modular_lm.sweep.trials import Plan, plan_sweep
 from tests.support import REPO
-from tests.sweep.made_sweep import DEBUG, planned
+from tests.sweep.made_sweep import DEBUG, begun, finish, planned
 
 ARMS = (
     "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, "
@@ -252,6 +252,14 @@ def test_a_base_file_holds_where_the_sweep_sets_nothing(tmp_path: Path) -> None:
     config.sweep.base = str(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match=r"sweep.base: config=.*no such file"):
         plan_sweep(config, given)
+
+
+def test_a_dry_run_looks_at_what_its_folder_holds(tmp_path: Path) -> None:
+    folder, made = begun(tmp_path / "s", ARMS)
+    finish(folder, made.trials[0], 3.0)
+    assert "15, 1 of them done" in describe(planned(tmp_path / "s", ARMS)[2])
+    with pytest.raises(ConfigError, match=rf"steps: 200 -> .*sweep\.amount={made.amount} gives"):
+        describe(planned(tmp_path / "s", ARMS, "steps=300")[2])
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
