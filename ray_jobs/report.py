@@ -1,6 +1,7 @@
 """Compare the trials of a sweep: a page, a Markdown table, data and pictures in its folder.
 
-dir=    the sweep's folder; report.html, report.md, report.json and pictures/ are written into it
+dir=         the sweep's folder, into which report.html, .md, .json and pictures/ are written
+baseline=    compare with this variant instead of the sweep's own baseline, in against/<baseline>
 
 Also of a sweep that runs or was interrupted: only trials that are done are compared, the others
 are listed with the reason. One process, without Ray.
@@ -27,9 +28,10 @@ def main(config: ReportConfig, given: dict[str, Any]) -> int:
     from modular_lm.sweep.report import write_report
     from modular_lm.sweep.tables import headline
 
-    print(headline(write_report(folder)))
+    print(headline(write_report(folder, config.baseline)))
+    where = folder if config.baseline is None else folder.against(config.baseline)
     for kind in ("html", "md", "json"):
-        print(f"  {folder.report(kind)}")
+        print(f"  {where.report(kind)}")
     return EXIT_DONE
 
 

@@ -126,6 +126,11 @@ class SweepConfig(TrainConfig):
 @dataclass
 class ReportConfig:
     dir: str = key("", "the sweep's folder; required")
+    baseline: str | None = key(
+        None,
+        "compare with this variant instead of the sweep's own baseline, in a report of its own in "
+        "against/<baseline>",
+    )
 
 
 def swept_keys(sweep: SweepSettings) -> dict[str, SweptConfig]:

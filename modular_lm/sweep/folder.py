@@ -6,6 +6,7 @@
     pilots/<arm>/             of sweep.budget=wall: the run folder of what was measured
     report.html report.md     written by `report`, again and again
     report.json pictures/     the same as data, and the report's pictures
+    against/<arm>/            reports that compare with another variant than the sweep does
     events.jsonl ray/         signals that asked it to stop; Ray Tune's files, lock, stop request
 
 `trial.json` holds
@@ -93,6 +94,10 @@ class SweepFolder:
     def report(self, kind: Literal["html", "md", "json"]) -> Path:
         """The report's page, its table, its data."""
         return self.path / f"report.{kind}"
+
+    def against(self, baseline: str) -> SweepFolder:
+        """Where the report is that compares with another variant than the sweep does."""
+        return SweepFolder(self.path / "against" / baseline)
 
     def run(self, trial: str) -> RunFolder:
         """The run folder of a trial."""

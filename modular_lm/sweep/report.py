@@ -18,18 +18,22 @@ from modular_lm.sweep.style import svg
 from modular_lm.sweep.summary import summarise
 
 
-def write_report(folder: SweepFolder) -> dict[str, Any]:
+def write_report(folder: SweepFolder, baseline: str | None = None) -> dict[str, Any]:
     """Write all files of the report; returns its summary.
 
-    Raises DataError where no sweep is, RunFailedError where the files cannot be written.
+    baseline: compare with this variant instead of the sweep's own, in `folder.against(baseline)`.
+    Raises DataError where no sweep is, ConfigError where it has no such variant, RunFailedError
+    where the files cannot be written.
     """
-    summary = summarise(folder)
+    summary = summarise(folder, baseline)
+    if baseline is not None:
+        folder = folder.against(baseline)
     pictures = {name: (title, svg(f, name)) for name, (title, f) in draw_all(summary).items()}
     titles = {name: title for name, (title, _) in pictures.items()}
     data = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     texts = {"json": data, "md": markdown(summary, titles), "html": page(summary, pictures)}
     with writing(folder.pictures):
-        folder.pictures.mkdir(exist_ok=True)
+        folder.pictures.mkdir(parents=True, exist_ok=True)
         for name, (_, picture) in pictures.items():
             write_text_atomic(folder.pictures / f"{name}.svg", picture)
         # What an earlier report drew and this one does not; another process may report, too.

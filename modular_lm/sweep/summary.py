@@ -38,6 +38,8 @@ from typing import Any
 
 import numpy as np
 
+from modular_lm.config.sweep import closest
+from modular_lm.errors import ConfigError
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.results import Documents, Lines, TrialResult, read_results
 from modular_lm.sweep.statistics import (
@@ -66,10 +68,15 @@ _MODEL = (
 )
 
 
-def summarise(folder: SweepFolder) -> dict[str, Any]:
-    """The sweep as it stands now. Raises DataError where there is none."""
+def summarise(folder: SweepFolder, baseline: str | None = None) -> dict[str, Any]:
+    """The sweep as it stands now. baseline: in place of the sweep's own.
+
+    Raises DataError where there is no sweep, ConfigError where it has no such variant.
+    """
     definition = folder.read_definition()
     results = read_results(folder)
+    if baseline is not None:
+        _compare_with(baseline, results)
     by_arm: dict[str, list[TrialResult]] = {}
     for each in results:
         by_arm.setdefault(each.arm, []).append(each)
@@ -109,6 +116,17 @@ def summarise(folder: SweepFolder) -> dict[str, Any]:
         ],
         "curves": _curves({arm["name"]: by_arm[arm["name"]] for arm in arms if arm["comparable"]}),
     }
+
+
+def _compare_with(baseline: str, results: list[TrialResult]) -> None:
+    names = list(dict.fromkeys(each.arm for each in results))
+    if baseline not in names:
+        hint = closest(baseline, names)
+        raise ConfigError(
+            f"baseline={baseline}: the sweep has no such variant{hint} (it has {', '.join(names)})"
+        )
+    for each in results:
+        each.record["baseline"] = each.arm == baseline
 
 
 # ------------------------------------------------------------------ one arm

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from modular_lm.errors import ConfigError
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.report import write_report
 from modular_lm.sweep.style import COLOURS, styles_of
@@ -73,6 +74,29 @@ def test_means_intervals_and_paired_tests_are_scipy_s(summary: dict[str, Any]) -
     assert arm(summary, "dense")["difference"] is None
     least = min(p_values, key=lambda name: p_values[name])
     assert arm(summary, least)["difference"]["p_holm"] == pytest.approx(3 * p_values[least])
+
+
+def test_another_baseline_has_a_report_of_its_own(tmp_path: Path) -> None:
+    folder, plan = begun(tmp_path / "s", ARMS)
+    finish_all(folder, plan, LOSSES)
+    before = summarise(folder)
+    found = write_report(folder, "window")
+    assert found["baseline"] == "window"
+    assert arm(found, "window")["difference"] is None
+    differences = [a - b for a, b in zip(LOSSES["dense"], LOSSES["window"], strict=True)]
+    difference = arm(found, "dense")["difference"]
+    assert difference["mean"] == pytest.approx(np.mean(differences))
+    assert difference["p"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    where = tmp_path / "s" / "against" / "window"
+    assert {"report.html", "report.md", "report.json", "pictures"} == {
+        path.name for path in where.iterdir()
+    }
+    # The sweep's own is as it was.
+    assert summarise(folder)["arms"] == before["arms"]
+    assert not folder.report("html").exists()
+    with pytest.raises(ConfigError, match=r"baseline=windw: .* did you mean window\?"):
+        write_report(folder, "windw")
+    assert not (tmp_path / "s" / "against" / "windw").exists()
 
 
 def test_documents_are_compared_within_a_seed(summary: dict[str, Any]) -> None:
