@@ -7,17 +7,17 @@ turns exceptions into messages.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
-import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from modular_lm.config.load import format_help, load_config
-from modular_lm.errors import EXIT_FAILED, EXIT_STOPPED, UserFacingError
+from modular_lm.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserFacingError
 from modular_lm.submission import check_lasting
 
 T = TypeVar("T")
@@ -37,43 +37,66 @@ def run_job(
     """
     args = sys.argv[1:] if args is None else args
     setup_logging()
+    with contextlib.redirect_stdout(cast(TextIO, _Outlet(sys.stdout))):
+        code = _run(cls, job, what, usage, args)
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def _run(
+    cls: type[T],
+    job: Callable[[T, dict[str, Any]], int],
+    what: str,
+    usage: str,
+    args: Sequence[str],
+) -> int:
     if any(a in ("-h", "--help", "help") for a in args):
         print(format_help(cls, what, usage))
-        sys.exit(0)
+        return EXIT_DONE
     # As Ctrl-C, so that what is half-written is cleared away; training sets its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config, given = load_config(cls, args)
         check_lasting(config)
-        code = job(config, given)
-        sys.stdout.flush()
+        return job(config, given)
     except UserFacingError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        code = EXIT_STOPPED
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise
-        code = EXIT_FAILED
+        return EXIT_STOPPED
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        code = 1
-    sys.exit(code)
+        return EXIT_FAILED
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone, as `| head` does; then it is let go,
-    so that Python's own last flush says nothing."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+class _Outlet:
+    """Standard output that may lose its reader, as it does with `| head` or when `tee` is stopped:
+    the rest goes nowhere, and the job ends as it would have."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._nobody_reading():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._nobody_reading():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _nobody_reading(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def leave(code: int) -> NoReturn:

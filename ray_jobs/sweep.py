@@ -21,7 +21,6 @@ from modular_lm.config import SweepConfig, TrainConfig
 from modular_lm.config.checks import flatten, world_sizes
 from modular_lm.config.load import from_dict
 from modular_lm.config.schema import RayConfig
-from modular_lm.config.sweep import sweep_warnings
 from modular_lm.data.dataset import check_sources
 from modular_lm.errors import (
     EXIT_DONE,
@@ -59,12 +58,12 @@ def main(config: SweepConfig, given: dict[str, Any]) -> int:
     plan = plan_sweep(config, given)
     resolved, tokenizer = resolve_config(from_dict(TrainConfig, plan.first_of_baseline.given))
     check_sources(resolved.data, tokenizer)
-    if config.dry_run:
-        print(describe(with_seconds(plan)))
-        return EXIT_DONE
-    for warning in sweep_warnings(config.sweep):
-        log.warning(warning)
     sweep = Sweep(plan, config)
+    if config.dry_run:
+        print(describe(sweep.expanded()))
+        return EXIT_DONE
+    for warning in plan.warnings:
+        log.warning(warning)
     with _only_one(sweep.folder):
         sweep.grow()
         sweep.requests.clear_stop()
@@ -94,15 +93,19 @@ class Sweep:
             else None
         )
 
-    def grow(self) -> bool:
-        """Have the folder hold the trials of the plan, with the steps of those that were
-        measured; of a search, with those that can be suggested now. Returns whether any were.
+    def expanded(self) -> Plan:
+        """The plan with the steps of those that were measured; of a search, with all that was and
+        can be suggested. Writes nothing.
         """
-        before = self.plan
-        if self.plan.settings.searcher == "optuna":
-            self.plan = grown(self._defined, self.folder, self._has_ended)
-        else:
-            self.plan = with_seconds(self._defined)
+        if self._defined.settings.searcher == "optuna":
+            return grown(self._defined, self.folder, self._has_ended)
+        return with_seconds(self._defined)
+
+    def grow(self) -> bool:
+        """Have the folder hold the trials of the plan as it is by now; returns whether more were
+        suggested.
+        """
+        before, self.plan = self.plan, self.expanded()
         self.folder.begin(self.plan, self._config)
         return self.plan.unsuggested < before.unsuggested
 
@@ -110,7 +113,9 @@ class Sweep:
         """Run the pilots that are to come; where one fails, the trials that wait for it do."""
         from ray_jobs._pilots import run_pilot
 
-        for arms in unmeasured(self.plan):
+        if not (waiting := unmeasured(self.plan)):
+            return
+        for arms in waiting:
             if self.requests.stop_requested():
                 break
             try:

@@ -182,14 +182,15 @@ def test_with_a_file_only_warnings_reach_the_terminal(
     assert "[rank 1] loud" in written
 
 
-def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
+def test_a_job_whose_reader_has_gone_ends_as_it_would_have(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
         "from modular_lm.cli import run_job\n"
         "from tests.test_cli import JobConfig\n"
         "def job(config, given):\n"
         "    print('a line\\n' * 10000)\n"
-        "    return 0\n"
+        "    print('the last line')\n"
+        "    return 3\n"
         "run_job(JobConfig, job, what='', usage='')\n"
     )
     read = subprocess.Popen(
@@ -203,4 +204,4 @@ def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
     read.stdout.readline()
     read.stdout.close()
     assert read.stderr.read() == b""
-    assert read.wait(60) == 1
+    assert read.wait(60) == 3

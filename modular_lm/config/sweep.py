@@ -232,8 +232,8 @@ def sweep_warnings(sweep: SweepSettings) -> list[str]:
         )
     if sweep.budget == "wall":
         found.append(
-            "sweep.budget=wall: seconds depend on the machine, on what else runs on it and on how "
-            "many trials run at a time (sweep.max_concurrent); the fair budget is flops"
+            "sweep.budget=wall: steps follow from pilots that run alone, and hold for this machine "
+            "and for what else runs on it then; the fair budget is flops"
         )
     if sweep.scheduler != "none":
         found.append(

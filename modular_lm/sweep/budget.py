@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,11 +112,15 @@ def match_parameters(config: TrainConfig, wanted: int, vocab_size: int) -> dict[
     columns = 1 + len(now.module_names)
     per_unit = 3 * sizes.dim * sizes.n_layers * columns  # parameters per unit of width
     exact = sizes.ffn_dim + (wanted - parameters(now).total) / per_unit
-    width = found = 0
-    for multiple in (_WIDTH, 1):
+    tp, width, found = config.distributed.tp_size, 0, 0
+    for multiple in (math.lcm(_WIDTH, tp), tp):
         width = max(multiple, round(exact / multiple) * multiple)
-        # Half a unit above the width, so that no rounding of the product falls below it.
-        keys = {"ffn_dim_multiplier": (width + 0.5) / int(8 * sizes.dim / 3), "multiple_of": 1}
+        # Rounded up to the multiple; of 1, half a unit more keeps the product from falling below.
+        more = 0.5 if multiple == 1 else 0
+        keys = {
+            "ffn_dim_multiplier": (width + more) / int(8 * sizes.dim / 3),
+            "multiple_of": multiple,
+        }
         found = parameters(resolved(dataclasses.replace(config.model, **keys))).total
         if abs(found / wanted - 1) <= TOLERANCE:
             return {f"model.{key}": value for key, value in keys.items()}

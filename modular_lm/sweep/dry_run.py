@@ -6,13 +6,11 @@ import sys
 from dataclasses import replace
 
 from modular_lm.config.checks import warnings_of, world_sizes
-from modular_lm.config.sweep import sweep_warnings
 from modular_lm.model.memory import memory_estimate
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.pilots import PILOT_STEPS, unmeasured
 from modular_lm.sweep.search import ROUND
-from modular_lm.sweep.space import drawn_at_random
-from modular_lm.sweep.tables import UNITS, number
+from modular_lm.sweep.tables import UNITS, amount, number
 from modular_lm.sweep.trials import Arm, Plan
 
 _MIB = 2**20
@@ -35,7 +33,7 @@ def describe(plan: Plan) -> str:
     rows = {
         "folder": str(plan.folder),
         "baseline": plan.baseline,
-        "each may spend": f"{number(plan.amount, '{:.4g}')} {UNITS[settings.budget]}",
+        "each may spend": f"{amount(plan.amount)} {UNITS[settings.budget]}",
         "seeds": ", ".join(map(str, seeds)),
         "trials": f"{len(runs) * len(seeds):,}{_so_far(plan)}",
     }
@@ -44,13 +42,15 @@ def describe(plan: Plan) -> str:
     else:
         rows["FLOPs in all"] = f"{flops * len(seeds):.4g}"
     if plan.unsuggested:
-        first, after = drawn_at_random(settings), plan.unsuggested * len(seeds)
+        made = [suggestion for arm in plan.arms for suggestion in arm.suggestions]
+        each = len(made) // len({suggestion.study for suggestion in made})
+        after = plan.unsuggested * len(seeds)
         rows["search"] = (
-            f"these are the first {first} of {settings.num_samples} suggestions of each study; up "
+            f"these are the first {each} of {settings.num_samples} suggestions of each study; up "
             f"to {after:,} trials follow from their losses, {ROUND} suggestions at a time"
         )
     lines += [f"{name:<18} {value}" for name, value in rows.items()]
-    lines += [f"warning: {text}" for text in sweep_warnings(settings)]
+    lines += [f"warning: {text}" for text in plan.warnings]
     lines += [f"warning: {', '.join(names)}: {text}" for text, names in _of_variants(plan).items()]
     return "\n".join(lines)
 

@@ -276,7 +276,9 @@ def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     if changed:
         key = changed[0]
         what = f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
-        if key == "steps" and old["amount"] != new["amount"]:
+        if key == "steps" and old.get("budget") != new["budget"]:
+            what += f" (it had sweep.budget={old.get('budget')})"
+        elif key == "steps" and old["amount"] != new["amount"]:
             what += f" (sweep.amount={old['amount']!r} gives those that it had)"
         if new["why"] and not old["why"]:
             what = f"it cannot be trained any more: {new['why']}"

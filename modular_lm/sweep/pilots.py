@@ -11,6 +11,7 @@ rates, share one pilot: two measurements would give them different steps. Who ru
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -85,12 +86,14 @@ def with_seconds(plan: Plan) -> Plan:
     """
     if plan.settings.budget != "wall":
         return plan
-    records = SweepFolder(plan.folder).records()
-    measured = {r["arm"]: seconds for r in records if (seconds := r.get("seconds_per_step"))}
-    alike = {_takes(arm): measured[arm.name] for arm in plan.arms if arm.name in measured}
+    timed = [r for r in SweepFolder(plan.folder).records() if r.get("seconds_per_step")]
+    # Those of the plan are what they were, or are refused; of others it is to be seen.
+    names = {trial.name for trial in plan.trials}
+    own = {r["arm"]: r["seconds_per_step"] for r in timed if r["name"] in names}
+    alike = {_takes(r["given"]): r["seconds_per_step"] for r in timed}
 
     def known(arm: Arm) -> Arm:
-        seconds = measured.get(arm.name) or alike.get(_takes(arm))
+        seconds = own.get(arm.name) or alike.get(_takes_of(plan, arm))
         if arm.config is None or seconds is None:
             return arm
         return replace(arm, seconds_per_step=seconds, steps=steps_within(plan.amount, seconds))
@@ -103,15 +106,17 @@ def unmeasured(plan: Plan) -> list[list[Arm]]:
     found: dict[str, list[Arm]] = {}
     for arm in plan.arms:
         if arm.config is not None and arm.steps is None:
-            found.setdefault(_takes(arm), []).append(arm)
+            found.setdefault(_takes_of(plan, arm), []).append(arm)
     return list(found.values())
 
 
-def _takes(arm: Arm) -> str:
-    """The same for arms a step of which takes the same time; not for those that cannot run."""
-    if arm.config is None:
-        return arm.name
-    keys = flatten(to_dict(arm.config))
+def _takes_of(plan: Plan, arm: Arm) -> str:
+    return _takes(plan.trial(arm, plan.settings.seeds[0]).given)
+
+
+def _takes(given: Mapping[str, Any]) -> str:
+    """The same for trials a step of which takes the same time. given: as in `trial.json`."""
+    keys = flatten(to_dict(from_dict(TrainConfig, dict(given))))
     return to_yaml({k: v for k, v in keys.items() if k in _TIMED or not _is_timeless(k)})
 
 

@@ -92,7 +92,6 @@ def variants_of(sweep: SweepSettings, base: Mapping[str, Any]) -> list[Variant]:
     base: the values of a training run that the variants share, nested. Of a search, those that do
     not depend on results. Raises ConfigError.
     """
-    _check_conditions(sweep, base)
     if sweep.searcher == "optuna":
         first = range(drawn_at_random(sweep))
         return distinct(
@@ -151,6 +150,31 @@ def distinct(variants: Iterable[Variant]) -> list[Variant]:
     return list(found.values())
 
 
+def acts_nowhere(
+    sweep: SweepSettings, base: Mapping[str, Any], variants: Iterable[Variant]
+) -> dict[str, str]:
+    """Swept keys that none of the variants sets -> why; a typo in a `when` drops an axis so.
+
+    Not of a search's keys that depend on what is suggested: later suggestions may set them.
+    """
+    swept = swept_keys(sweep)
+    suggested = {key for key, each in swept.items() if each.kind != "grid"}
+    used = {key for each in variants for key in each.values}
+    arms = [current for _, _, current in _arms(sweep, base)]
+    found = {}
+    for name, each in swept.items():
+        if name in used or (sweep.searcher == "optuna" and not suggested.isdisjoint(each.when)):
+            continue
+        conditions = []
+        for key, wanted in each.when.items():
+            there = [current.get(key) for current in arms]
+            there += swept[key].values if key in swept else []
+            is_, asked = (", ".join(dict.fromkeys(map(_text, v))) for v in (there, wanted))
+            conditions.append(f"{key} is {is_}, and {asked} is asked for")
+        found[name] = "; ".join(conditions)
+    return found
+
+
 def is_whole(key: str) -> bool:
     """Whether a key takes whole numbers only."""
     return number_kind(TrainConfig, key) is int
@@ -199,24 +223,6 @@ def _with_digest(name: str, text: str) -> str:
 def _acts(swept: SweptConfig, current: Mapping[str, Any]) -> bool:
     """Whether the `when` of a key holds. current: full key -> value."""
     return all(current.get(key) in values for key, values in swept.when.items())
-
-
-def _check_conditions(sweep: SweepSettings, base: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a `when` that asks for what no variant has: a typo drops an axis."""
-    swept = _in_order(swept_keys(sweep))
-    arms = [current for _, _, current in _arms(sweep, base)]
-    for name, each in swept.items():
-        for key, wanted in each.when.items():
-            found = [current.get(key) for current in arms]
-            if key in swept and swept[key].kind in ("uniform", "loguniform"):
-                continue
-            found += swept[key].values if key in swept else []
-            if not any(value in wanted for value in found):
-                shown = ", ".join(dict.fromkeys(map(_text, found)))
-                raise ConfigError(
-                    f"sweep.params.{name}.when: holds in no variant, so {name} would not vary: "
-                    f"{key} is {shown}, and {', '.join(map(_text, wanted))} is asked for"
-                )
 
 
 def _in_order(swept: dict[str, SweptConfig]) -> dict[str, SweptConfig]:

@@ -101,11 +101,10 @@ def headline(summary: Mapping[str, Any]) -> str:
     done = sum(arm["done"] for arm in arms) + lost
     total = sum(arm["trials"] for arm in arms)
     unit = UNITS[summary["budget"]]
-    amount = number(summary["amount"], "{:,.0f}" if (summary["amount"] or 0) < 1e9 else "{:.4g}")
     text = (
         f"{done} of {total} trials are done{f' ({lost} without a loss)' if lost else ''}: "
         f"{len(arms)} variants, seeds {', '.join(map(str, seeds))}. "
-        f"Each may spend {amount} {unit}"
+        f"Each may spend {amount(summary['amount'])} {unit}"
     )
     took = [arm["seconds"] for arm in arms if arm["seconds"] is not None]
     if summary["budget"] == "wall" and took:
@@ -190,6 +189,11 @@ def p_value(p: float | None) -> str:
     if p is None:
         return ""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+
+
+def amount(value: float | None) -> str:
+    """A budget: whole where people write it so, else by its power of ten."""
+    return number(value, "{:,.10g}" if (value or 0) < 1e9 else "{:.4g}")
 
 
 def number(value: float | None, form: str) -> str:

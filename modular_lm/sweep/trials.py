@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modular_lm.config.checks import dump_dir_of, resolve
+from modular_lm.config.checks import dump_dir_of, resolve, world_sizes
 from modular_lm.config.load import (
     from_dict,
     leaf_keys,
@@ -30,6 +30,7 @@ from modular_lm.config.sweep import (
     SweepSettings,
     check_sweep,
     closest,
+    sweep_warnings,
 )
 from modular_lm.errors import ConfigError
 from modular_lm.sweep.budget import (
@@ -40,7 +41,7 @@ from modular_lm.sweep.budget import (
     steps_within,
     unit_per_step,
 )
-from modular_lm.sweep.space import Suggestion, Variant, studies_of, variants_of
+from modular_lm.sweep.space import Suggestion, Variant, acts_nowhere, studies_of, variants_of
 from modular_lm.sweep.tpe import check_installed
 from modular_lm.tokenizer import build_tokenizer
 
@@ -88,6 +89,7 @@ class Plan:
 
     base: the values that the trials share, nested; arms are in the definition's order
     unsuggested: of a search, how many suggestions wait for results of others
+    warnings: what is allowed but probably not meant
     """
 
     settings: SweepSettings
@@ -97,6 +99,7 @@ class Plan:
     amount: float
     arms: list[Arm]
     unsuggested: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def trials(self) -> list[Trial]:
@@ -154,6 +157,7 @@ def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
             f"sweep: {baseline} is the only variant, so there is nothing to compare: give "
             "sweep.params more values (and a `when` that holds), or sweep.arms more names"
         )
+    _check_measurable(settings, arms)
     amount = settings.amount or _default_amount(settings, base, first.cost)
     arms = [_with_steps(arm, settings, amount) for arm in arms]
     if settings.budget in ("tokens", "flops"):
@@ -164,7 +168,22 @@ def plan_sweep(config: SweepConfig, given: Mapping[str, Any]) -> Plan:
         }
         check_spread(spent, settings.budget, amount)
     folder = Path(dump_dir_of(config)).expanduser().absolute()
-    return Plan(settings, folder, base, baseline, amount, arms, left)
+    warnings = sweep_warnings(settings) + [
+        f"sweep.params.{name}.when: holds in no variant, so the key does not vary: {why}"
+        for name, why in acts_nowhere(settings, base, variants).items()
+    ]
+    return Plan(settings, folder, base, baseline, amount, arms, left, tuple(warnings))
+
+
+def _check_measurable(settings: SweepSettings, arms: Sequence[Arm]) -> None:
+    """Seconds of a step are those of a number of workers. Raises ConfigError."""
+    for arm in arms if settings.budget == "wall" else ():
+        fewest, most = world_sizes(arm.config.ray) if arm.config else (1, 1)
+        if fewest != most:
+            raise ConfigError(
+                f"sweep.budget=wall: cannot be with ray.num_workers=[{fewest},{most}], for a step "
+                "of more workers takes less time; use one number, or flops"
+            )
 
 
 def suggestions_in_all(settings: SweepSettings, base: Mapping[str, Any]) -> int:

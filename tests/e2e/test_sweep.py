@@ -248,7 +248,6 @@ def test_seconds_become_steps_by_pilots_also_after_a_stop(jobs: Jobs, tmp_path: 
     assert len(client.search_runs([experiment.experiment_id])) == 1 + 3
 
 
-@pytest.mark.chaos
 def test_halving_stops_a_bad_trial_and_says_so(jobs: Jobs, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "halved")
     jobs.run(

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from modular_lm.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from modular_lm.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailedError
 from modular_lm.sweep import report
+from modular_lm.sweep.trials import Arm, Plan
+from modular_lm.tracking.run_folder import RunFolder
 from ray_jobs._tune import Recorder
 from ray_jobs.sweep import Sweep
 from tests.sweep.made_sweep import finish, planned
@@ -76,6 +78,50 @@ def test_an_interrupted_trial_waits_for_the_next_command(
     assert "stopped (trials were interrupted); the same command continues" in said
     assert "avg__seed-0: interrupted (ray.max_preemptions=2 is used up)" in said
     assert due(command(tmp_path / "s")) == [AVG]
+
+
+def test_pilots_that_fail_or_are_stopped_leave_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_jobs import _pilots
+
+    ends = {"dense": 0.5, "avg": RunFailedError("a worker died"), "deep": None, "odd": KeyError(1)}
+    ran: list[str] = []
+
+    def pilot(plan: Plan, arm: Arm, requests: RunFolder) -> float | None:
+        ran.append(arm.name)
+        end = ends[arm.name]
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(_pilots, "run_pilot", pilot)
+    arms = (
+        "sweep.arms={dense: {model.module_seq_len: null, model.module_agg: drop}, avg: {}, "
+        "deep: {model.n_layers: 6}, odd: {model.dim: 96}}"
+    )
+    wall = ("sweep.budget=wall", "sweep.amount=60", arms)
+    sweep = command(tmp_path / "s", *wall)
+    assert due(sweep) == [f"{name}__seed-0" for name in ends]
+    sweep.measure()
+    assert ran == list(ends)
+    assert due(sweep) == [DENSE]
+    assert sweep.plan.trials[0].given["steps"] == 120
+    whys = {name: (sweep.folder.read(f"{name}__seed-0") or {})["why"] for name in ends}
+    assert whys["avg"] == "its pilot: a worker died"
+    assert whys["deep"] == "its pilot was stopped; the same command continues"
+    assert str(whys["odd"]).startswith("its pilot: ")
+    finish(sweep.folder, sweep.plan.trials[0], 3.0)
+    assert sweep.finish() == EXIT_STOPPED
+
+    # The next command has all of them again, but for what was measured.
+    again, ran[:] = command(tmp_path / "s", *wall), []
+    again.requests.request_stop("SIGTERM")
+    again.measure()
+    assert ran == []
+    again.requests.clear_stop()
+    again.measure()
+    assert ran == ["avg", "deep", "odd"]
 
 
 def test_a_round_leaves_no_trial_without_an_end(tmp_path: Path) -> None:

@@ -70,6 +70,19 @@ def test_steps_are_the_seconds_over_those_of_a_step_and_stay(tmp_path: Path) -> 
             grown(tmp_path, changed)
 
 
+def test_what_another_model_took_says_nothing(tmp_path: Path) -> None:
+    grown(tmp_path, "sweep.seeds=[0]")
+    SweepFolder(tmp_path).measured("dense", 0.25)
+    assert steps_of(grown(tmp_path, "sweep.seeds=[1]"))["dense"] == 240
+    other = "sweep.arms.dense={model.module_seq_len: null, model.n_layers: 3}"
+    assert steps_of(grown(tmp_path / ".", other, "sweep.seeds=[2]"))["dense"] is None
+
+
+def test_seconds_are_those_of_so_many_workers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be with ray\.num_workers=\[1,2\]"):
+        planned(tmp_path, *WALL, "ray.num_workers=[1,2]")
+
+
 def test_variants_that_take_the_same_time_share_a_pilot(tmp_path: Path) -> None:
     muon = "sweep.arms.muon={model.module_seq_len: null, optim.name: muon}"
     odd = "sweep.arms.odd={model.module_n_summary: 3}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,14 +14,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modular_lm.errors import ConfigError
 from modular_lm.sweep.folder import SweepFolder
 from modular_lm.sweep.report import write_report
 from modular_lm.sweep.style import COLOURS, styles_of
 from modular_lm.sweep.summary import summarise
 from modular_lm.sweep.tables import headline, how_to_read, verdict
 from modular_lm.sweep.trials import Plan
-from tests.support import REPO
 from tests.sweep.made_sweep import DOCUMENTS, begun, document_scores, finish, finish_all, write_run
 
 ARMS = (
@@ -74,29 +70,6 @@ def test_means_intervals_and_paired_tests_are_scipy_s(summary: dict[str, Any]) -
     assert arm(summary, "dense")["difference"] is None
     least = min(p_values, key=lambda name: p_values[name])
     assert arm(summary, least)["difference"]["p_holm"] == pytest.approx(3 * p_values[least])
-
-
-def test_another_baseline_has_a_report_of_its_own(tmp_path: Path) -> None:
-    folder, plan = begun(tmp_path / "s", ARMS)
-    finish_all(folder, plan, LOSSES)
-    before = summarise(folder)
-    found = write_report(folder, "window")
-    assert found["baseline"] == "window"
-    assert arm(found, "window")["difference"] is None
-    differences = [a - b for a, b in zip(LOSSES["dense"], LOSSES["window"], strict=True)]
-    difference = arm(found, "dense")["difference"]
-    assert difference["mean"] == pytest.approx(np.mean(differences))
-    assert difference["p"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-    where = tmp_path / "s" / "against" / "window"
-    assert {"report.html", "report.md", "report.json", "pictures"} == {
-        path.name for path in where.iterdir()
-    }
-    # The sweep's own is as it was.
-    assert summarise(folder)["arms"] == before["arms"]
-    assert not folder.report("html").exists()
-    with pytest.raises(ConfigError, match=r"baseline=windw: .* did you mean window\?"):
-        write_report(folder, "windw")
-    assert not (tmp_path / "s" / "against" / "windw").exists()
 
 
 def test_documents_are_compared_within_a_seed(summary: dict[str, Any]) -> None:
@@ -378,32 +351,3 @@ def test_many_arms_are_drawn_in_grey_but_for_the_baseline_and_the_best(tmp_path:
     assert "4 others" in words
     heat = "".join(ET.parse(folder.pictures / "heat_map.svg").getroot().itertext())
     assert all(word in heat for word in ("drop", "stack", "32", "128"))
-
-
-# ------------------------------------------------------------------ the command
-
-
-def report(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ray_jobs.report", *args]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command(made: tuple[SweepFolder, Plan], tmp_path: Path) -> None:
-    done = report(f"dir={made[0].path}")
-    assert done.returncode == 0
-    assert "12 of 15 trials are done" in done.stdout
-    assert str(made[0].report("html")) in done.stdout
-    occupied, _ = begun(tmp_path / "occupied", ARMS)
-    occupied.pictures.write_text("")
-    blocked = report(f"dir={occupied.path}")
-    assert (blocked.returncode, blocked.stderr.count("\n")) == (1, 1)
-    assert "pictures: cannot be written" in blocked.stderr
-    for args, message in (
-        ((), "error: dir=: expected the folder of a sweep\n"),
-        ((f"dir={tmp_path}",), "with sweep.yaml in it\n"),
-        (("dri=x",), "did you mean dir?\n"),
-    ):
-        found = report(*args)
-        assert found.returncode == 2
-        assert found.stderr.endswith(message)
-        assert found.stderr.count("\n") == 1

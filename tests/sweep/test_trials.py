@@ -135,6 +135,28 @@ def test_equal_parameters_by_the_width_of_the_feed_forward() -> None:
     assert max(flops_of(made).values()) / min(flops_of(made).values()) <= 1.01
 
 
+def test_an_axis_that_a_typo_drops_is_warned_of() -> None:
+    lr = "sweep.params={{optim.lr: {{grid: [0.1, 0.2], when: {}}}}}"
+    arms = "sweep.arms={a: {model.module_seq_len: 64, optim.warmup: 1}, b: {model.dim: 96}}"
+    for when, said in (
+        ("{model.module_seq_len: [65]}", "model.module_seq_len is 64, 128, and 65 is asked for"),
+        ("{model.module_seq_len: [64], model.dim: [96]}", "and 64 is asked for; model.dim is "),
+    ):
+        made = plan(arms, lr.format(when))
+        (warning,) = made.warnings
+        assert warning.startswith("sweep.params.optim.lr.when: holds in no variant, so the key")
+        assert said in warning
+        assert f"warning: {warning}" in describe(made)
+    assert plan(arms, lr.format("{model.module_seq_len: [64]}")).warnings == ()
+
+
+def test_equal_parameters_divide_among_ranks() -> None:
+    split = ("ray.num_workers=2", "distributed.tp_size=2", "model.n_heads=2", "model.multiple_of=8")
+    made = plan(ARMS, *split, "sweep.iso_parameters=true")
+    assert [arm.why for arm in made.arms] == [None] * 5
+    assert all(arm.cost.ffn_dim % 2 == 0 for arm in made.arms if arm.cost)
+
+
 def test_small_models_get_any_width_that_matches() -> None:
     small = ("model.dim=48", "model.n_layers=4", "model.n_heads=2", "sweep.iso_parameters=true")
     made = plan(ARMS, *small)
@@ -260,6 +282,8 @@ def test_a_dry_run_looks_at_what_its_folder_holds(tmp_path: Path) -> None:
     assert "15, 1 of them done" in describe(planned(tmp_path / "s", ARMS)[2])
     with pytest.raises(ConfigError, match=rf"steps: 200 -> .*sweep\.amount={made.amount} gives"):
         describe(planned(tmp_path / "s", ARMS, "steps=300")[2])
+    with pytest.raises(ConfigError, match=r"steps: 200 -> 90 \(it had sweep\.budget=flops\)"):
+        describe(planned(tmp_path / "s", ARMS, "sweep.budget=steps", "steps=90")[2])
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
