@@ -13,17 +13,21 @@ import numpy as np
 
 from modular_lm.sweep.folder import SweepFolder
 
-POSITIONS = [0, 1, 3, 7, 15, 31, 63]
-CHUNKS = [0, 1, 7]
+POSITIONS = [0, 1, 3, 7, 15, 31, 63, 255]
+CHUNKS = [0, 1, -1]
 
 folder = SweepFolder(sys.argv[1])
 rows = defaultdict(list)
 for trial in folder.trials():
-    if trial["values"].get("model.module_seq_len"):
+    if length := trial["values"].get("model.module_seq_len"):
         last = max((folder.run(trial["name"]).path / "evals").glob("*/positions.json"))
         losses = json.loads(last.read_text())["sources"]["all"]
-        positions = np.array(losses["position_in_later_chunks"]["nll"])[POSITIONS]
+        shown = [position for position in POSITIONS if position < length]
+        positions = np.array(losses["position_in_later_chunks"]["nll"])[shown]
         chunks = np.array(losses["chunk_index"]["nll"])[CHUNKS]
-        rows[trial["arm"]].append([*positions, *chunks])
+        gaps = [np.nan] * (len(POSITIONS) - len(shown))
+        rows[trial["arm"]].append([*positions, *gaps, *chunks])
+print("| variant |", " | ".join(map(str, POSITIONS)), "| first chunk | second | last |")
 for arm, seeds in rows.items():
-    print(f"| {arm} | " + " | ".join(f"{loss:.2f}" for loss in np.mean(seeds, axis=0)) + " |")
+    cells = ["-" if np.isnan(loss) else f"{loss:.2f}" for loss in np.mean(seeds, axis=0)]
+    print(f"| {arm} | " + " | ".join(cells) + " |")
