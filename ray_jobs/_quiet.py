@@ -1,16 +1,15 @@
 """What reaches the terminal of what Ray's processes print.
 
-What training workers and the cluster's autoscaler say does; what Ray's own actors report to each
-other's address does not: it is many lines for what they get over by themselves, and what matters of
-it comes back as an exception, and into the run's event log. All of it stays in the logs of Ray's
-session. Reaches into Ray, which has no setting for it.
+What training workers and the cluster's autoscaler say does. What Ray Train's own actors say does
+not: it is whole tracebacks of calls that they then repeat, and a real failure comes back as an
+exception. All of it stays in the logs of Ray's session. Reaches into Ray, which has no setting for
+it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Actors of Ray Train that a busy machine makes print the tracebacks of calls that they then repeat.
 _ACTORS = ("TrainController", "PlacementGroupCleaner")
 # Many small trials at once are no mistake.
 _LINES = ("worker processes have been started on node",)

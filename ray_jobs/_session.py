@@ -186,9 +186,9 @@ def _start(num_cpus: int) -> None:
 def _own_process_groups() -> Iterator[None]:
     """Ray's processes begin in process groups of their own.
 
-    Signals that reach a job's whole group (of `timeout` or systemd, say) are for the driver, which
-    has the workers save a checkpoint first; Ray shields its processes from SIGINT alone. They still
-    end with the driver, by the kernel's death signal.
+    Signals that reach a job's whole group (of `timeout` or `kill %1`, say) are for the driver,
+    which has the workers save a checkpoint first; Ray shields its processes from SIGINT alone. They
+    still end with the driver, by the kernel's death signal.
     """
     from ray._private import services
 

@@ -53,6 +53,7 @@ def whole(ray_head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
         "ray_jobs.sweep", *SMALL, IMPOSSIBLE, f"dump_dir={folder.path}", code=1
     )
     assert "failed: odd__seed-0: model.module_n_summary=3" in output
+    assert "started (2 at a time)" in output
     assert not any(line.startswith("Traceback") for line in output.splitlines())
     return folder
 
